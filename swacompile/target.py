@@ -1,4 +1,4 @@
-"""The hardware that kernels are built for: a table. A new target is a row here and, where it was tuned, a record file."""
+"""The hardware that kernels are built for: a table. A new target is a row here and, once tuned, a record file."""
 
 import json
 import platform
@@ -39,8 +39,8 @@ class CpuLimits:
 class Target:
     """One row. `name` is an identifier: it is a part of symbol and file names.
 
-    `tvm_json` is the TVM target; `machine` the instruction set as `platform.machine()` spells it, None where that does not matter;
-    `flags` are the features, in /proc/cpuinfo's words, without which its code does not run.
+    `tvm_json` is the TVM target; `machine` the instruction set as `platform.machine()` spells it, None where that does
+    not matter; `flags` are the features, in /proc/cpuinfo's words, without which its code does not run.
     """
 
     name: str
