@@ -7,8 +7,7 @@ from typing import Self
 
 from swacompile.errors import ArgumentError
 
-SHORTEST_LENGTH_CLASS = 16
-SHORTEST_WINDOW_CLASS = 16
+SMALLEST_CLASS = 16
 
 
 class DType(StrEnum):
@@ -53,8 +52,8 @@ _PATTERN = re.compile(
 class Workload:
     """The key of the tuning database. `str` and `parse` are inverse and stable across versions.
 
-    `group` is query heads per key/value head; `window` the keys a query sees (left + right + 1) and `length` the number of
-    keys, both rounded up to a power of two; `window` is None where a side is unbounded.
+    `group` is query heads per key/value head; `window` the keys a query sees (left + right + 1) and `length` the
+    number of keys, both rounded up to a power of two; `window` is None where a side is unbounded.
     """
 
     dtype: DType
@@ -126,12 +125,12 @@ class Workload:
 
 def window_class(window: int | None) -> int | None:
     """Window rounded up to a power of two."""
-    return None if window is None else max(SHORTEST_WINDOW_CLASS, _power_of_two(window))
+    return None if window is None else max(SMALLEST_CLASS, _power_of_two(window))
 
 
 def length_class(length: int) -> int:
     """Length rounded up to a power of two."""
-    return max(SHORTEST_LENGTH_CLASS, _power_of_two(length))
+    return max(SMALLEST_CLASS, _power_of_two(length))
 
 
 def _power_of_two(value: int) -> int:
