@@ -1,0 +1,114 @@
+"""Read a graph as formulas: every value becomes a tensor with a shape and a formula for its elements."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from swacompile.graph import Constant, Graph, Node, TensorType
+from swacompile.index_expr import Expr, Index, Sort, apply, const_int, integer, real, boolean
+from swacompile.passes.arrays import ArrayReader
+from swacompile.passes.index_tensor import Depth, IndexTensor, Sizes, Unreadable, sort_of
+from swacompile.passes.rules import compute, elementwise, lookups, sources, views
+from swacompile.passes.rules.rule import Meaning, Operands, Rule
+
+RULES: Mapping[str, Rule] = sources.RULES | elementwise.RULES | views.RULES | lookups.RULES | compute.RULES
+KEEPS_DTYPE = ("add", "sub", "mul", "div", "neg", "abs", "min", "max", "pow", "sqrt", "exp", "tanh", "reciprocal", "floordiv", "mod")
+GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan")
+
+
+@dataclass(slots=True, kw_only=True)
+class Reading:
+    """A graph with all that is known of its values. `tensors` lacks a value whose rank is unknown."""
+
+    graph: Graph
+    tensors: dict[str, IndexTensor] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    arrays: ArrayReader = field(default_factory=ArrayReader)
+    depth: Depth = field(default_factory=Depth)
+
+    def operands(self, node: Node) -> Operands:
+        dtype = _dtype(node, self)
+        return Operands(node=node, graph=self.graph, tensors=self.tensors, sizes=self.sizes, dtype=dtype)
+
+    def extents(self, value: str) -> Index | None:
+        """Shape of a value after all that is known of sizes, None where the rank is unknown."""
+        tensor = self.tensors.get(value)
+        return tuple(self.sizes.resolve(extent) for extent in tensor.shape) if tensor else None
+
+
+def read_masks(graph: Graph) -> Reading:
+    """Walk the graph once in execution order. Cost is linear in its nodes; formulas are made only when asked for."""
+    reading = Reading(graph=graph)
+    for name, constant in graph.constants.items():
+        reading.tensors[name] = _constant(name, constant, reading)
+    for name in graph.inputs:
+        _add_data(reading, name, graph.types.get(name))
+    for node in graph.nodes:
+        _add_node(reading, node)
+    return reading
+
+
+def _add_node(reading: Reading, node: Node) -> None:
+    first, *others = node.outputs
+    rule = RULES.get(node.op)
+    meaning: Meaning | None = None
+    if rule is not None:
+        try:
+            meaning = rule(reading.operands(node))
+        except Unreadable:
+            meaning = None
+    if meaning is None:
+        _add_data(reading, first, reading.graph.types.get(first))
+    else:
+        dtype = _dtype(node, reading)
+        data = _data(first, sort_of(dtype))
+        reading.tensors[first] = IndexTensor(
+            name=first, dtype=dtype, shape=meaning.shape, read=meaning.read or data, opaque=meaning.read is None, depth=reading.depth
+        )
+    for name in others:
+        _add_data(reading, name, reading.graph.types.get(name))
+
+
+def _add_data(reading: Reading, name: str, known: TensorType | None) -> None:
+    """A value that is run-time data, if its rank is known. An unknown extent becomes a size of its own."""
+    from swacompile.index_expr import size
+
+    if not name or known is None or known.dims is None:
+        return
+    shape = tuple(size(f"{name}.{axis}") if dim is None else dim for axis, dim in enumerate(known.dims))
+    read = _data(name, sort_of(known.dtype))
+    reading.tensors[name] = IndexTensor(name=name, dtype=known.dtype, shape=shape, read=read, opaque=True, depth=reading.depth)
+
+
+def _data(name: str, sort: Sort):  # type: ignore[no-untyped-def]
+    def read(indices: Index) -> Expr:
+        return apply(name, indices, sort)
+
+    return read
+
+
+def _constant(name: str, constant: Constant, reading: Reading) -> IndexTensor:
+    shape = tuple(integer(extent) for extent in constant.shape)
+
+    def read(indices: Index) -> Expr:
+        return reading.arrays.element(name, constant, indices)
+
+    return IndexTensor(name=name, dtype=constant.dtype, shape=shape, read=read, depth=reading.depth)
+
+
+def _dtype(node: Node, reading: Reading) -> str:
+    """Data type of a node's first output."""
+    if node.op in GIVES_BOOL:
+        return "bool"
+    if node.op in ("shape", "size"):
+        return "int64"
+    if isinstance(given := node.attrs.get("dtype"), str):
+        return given
+    known = reading.graph.types.get(node.outputs[0])
+    if known is not None:
+        return known.dtype
+    position = 1 if node.op in ("where", "full") else 0
+    operand = reading.tensors.get(node.input(position))
+    return operand.dtype if operand else "float32"
+
+
+__all__ = ["Reading", "boolean", "const_int", "read_masks", "real"]

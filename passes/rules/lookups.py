@@ -1,0 +1,58 @@
+"""Operations that look elements up by computed indices, or cut triangles."""
+
+from collections.abc import Mapping
+
+from swacompile.index_expr import Expr, FALSE, Index, Sort, ZERO, add, const_int, integer, ite, le, real, sub
+from swacompile.passes.index_tensor import Unreadable, normal_axis, wrapped
+from swacompile.passes.rules.rule import Meaning, Operands, Rule
+
+
+def _gather(ops: Operands) -> Meaning:
+    data, positions = ops.tensor(0), ops.tensor(1)
+    axis = normal_axis(ops.integer("axis", 0), data.rank)
+    shape = data.shape[:axis] + positions.shape + data.shape[axis + 1 :]
+
+    def read(indices: Index) -> Expr:
+        position = positions.at(*indices[axis : axis + positions.rank])
+        here = wrapped(position, data.shape[axis])
+        return data.at(*indices[:axis], here, *indices[axis + positions.rank :])
+
+    return Meaning(shape=shape, read=read)
+
+
+def _gather_nd(ops: Operands) -> Meaning:
+    data, positions = ops.tensor(0), ops.tensor(1)
+    batch = ops.integer("batch_dims", 0)
+    depth = const_int(positions.shape[-1])
+    if depth is None:
+        raise Unreadable("gather_nd with an index of unknown depth")
+    shape = positions.shape[:-1] + data.shape[batch + depth :]
+    lead = positions.rank - 1
+
+    def read(indices: Index) -> Expr:
+        looked_up = tuple(
+            wrapped(positions.at(*indices[:lead], integer(i)), data.shape[batch + i]) for i in range(depth)
+        )
+        return data.at(*indices[:batch], *looked_up, *indices[lead:])
+
+    return Meaning(shape=shape, read=read)
+
+
+def _trilu(ops: Operands) -> Meaning:
+    data = ops.tensor(0)
+    diagonal = ops.tensor(1).scalar() if ops.node.input(1) else integer(ops.integer("diagonal", 0))
+    upper = ops.integer("upper", 1)
+    zero = {Sort.BOOL: FALSE, Sort.INT: ZERO, Sort.REAL: real(0.0)}
+
+    def read(indices: Index) -> Expr:
+        element = data.at(*indices)
+        distance = sub(indices[-1], indices[-2])
+        kept = le(diagonal, distance) if upper else le(distance, diagonal)
+        return ite(kept, element, zero[element.sort])
+
+    return Meaning(shape=data.shape, read=read)
+
+
+RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "trilu": _trilu}
+
+__all__ = ["RULES", "add"]

@@ -1,0 +1,55 @@
+"""Tensors made from sizes and constants."""
+
+from collections.abc import Mapping
+
+from swacompile.index_expr import Expr, Index, Sort, add, const_int, floordiv, integer, mul, product_of, sub, to_real
+from swacompile.index_expr import at_least, ZERO, ONE
+from swacompile.passes.index_tensor import Unreadable, sort_of
+from swacompile.passes.rules.rule import Meaning, Operands, Rule
+
+
+def _iota(ops: Operands) -> Meaning:
+    start, limit, step = (ops.tensor(i).scalar() for i in range(3))
+    step_value = const_int(step)
+    if any(bound.sort is not Sort.INT for bound in (start, limit)) or step_value is None or step_value < 1:
+        raise Unreadable("a range that does not count upwards in integers")
+    extent = sub(limit, start)
+    if step_value > 1:
+        extent = floordiv(add(extent, integer(step_value - 1)), step)
+    real_valued = sort_of(ops.dtype) is Sort.REAL
+
+    def read(indices: Index) -> Expr:
+        element = add(start, mul(step, indices[0]))
+        return to_real(element) if real_valued else element
+
+    return Meaning(shape=(extent if at_least(extent, 0) else extent,), read=read)
+
+
+def _full(ops: Operands) -> Meaning:
+    fill = ops.tensor(1).scalar()
+    return Meaning(shape=ops.tensor(0).vector(), read=lambda _: fill)
+
+
+def _shape(ops: Operands) -> Meaning:
+    extents = ops.tensor(0).shape
+    start, end = ops.integer("start", 0), ops.node.attrs.get("end")
+    assert end is None or isinstance(end, int)
+    part = extents[slice(start, end)]
+
+    def read(indices: Index) -> Expr:
+        position = const_int(indices[0])
+        if position is None:
+            raise Unreadable("a size at a position that is not constant")
+        return part[position]
+
+    return Meaning(shape=(integer(len(part)),), read=read)
+
+
+def _size(ops: Operands) -> Meaning:
+    total = product_of(ops.tensor(0).shape)
+    return Meaning(shape=(), read=lambda _: total)
+
+
+RULES: Mapping[str, Rule] = {"iota": _iota, "full": _full, "shape": _shape, "size": _size}
+
+__all__ = ["ONE", "RULES", "ZERO"]

@@ -1,0 +1,59 @@
+"""Follow a tensor upwards through operations that only move or scale its elements."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from swacompile.index_expr import Index, const_real
+from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index
+from swacompile.passes.read_masks import Reading
+from swacompile.passes.rules.views import INDEX_MAPS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """`scale` times the element of `value` at `indices` is the element that was asked for."""
+
+    value: str
+    indices: Index
+    scale: float
+
+
+def trace(reading: Reading, value: str, indices: Index) -> Iterator[Source]:
+    """The value itself, then the tensors that it is a view or a constant multiple of, nearest first."""
+    source = Source(value=value, indices=indices, scale=1.0)
+    while source.value in reading.tensors:
+        yield source
+        above = _step(reading, source)
+        if above is None:
+            return
+        source = above
+
+
+def _step(reading: Reading, source: Source) -> Source | None:
+    node = reading.graph.producers.get(source.value)
+    if node is None:
+        return None
+    ops = reading.operands(node)
+    try:
+        if node.op in INDEX_MAPS:
+            _, index_map = INDEX_MAPS[node.op](ops)
+            above = tuple(reading.sizes.resolve(i) for i in index_map(source.indices))
+            return Source(value=node.inputs[0], indices=above, scale=source.scale)
+        if node.op == "cast" and ops.tensor(0).dtype == ops.dtype:
+            return Source(value=node.inputs[0], indices=source.indices, scale=source.scale)
+        if node.op in ("mul", "div"):
+            return _scaled(source, node.op, ops.tensor(0), ops.tensor(1))
+    except Unreadable:
+        return None
+    return None
+
+
+def _scaled(source: Source, op: str, left: IndexTensor, right: IndexTensor) -> Source | None:
+    for factor, other in ((right, left), (left, right)) if op == "mul" else ((right, left),):
+        if factor.opaque or any(str(extent) != "1" for extent in factor.shape):
+            continue
+        number = const_real(factor.scalar())
+        if number is not None and number != 0:
+            scale = source.scale * number if op == "mul" else source.scale / number
+            return Source(value=other.name, indices=broadcast_index(source.indices, other.shape), scale=scale)
+    return None

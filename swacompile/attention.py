@@ -1,0 +1,162 @@
+"""One attention of a model, normalised, and what is known of its mask."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from swacompile.band import BandMask
+from swacompile.index_expr import Expr
+
+
+class Layout(StrEnum):
+    """Order of a 4-D tensor's axes: batch, heads, sequence, head size."""
+
+    BHSD = "BHSD"
+    BSHD = "BSHD"
+
+
+class Kind(StrEnum):
+    """What a mask lets a query see. Only SLIDING, FULL and ZEROED have a kernel; the others are reported."""
+
+    FULL = "full"
+    SLIDING = "sliding"
+    CHUNKED = "chunked"
+    ZEROED = "zeroed"
+    PREFIX = "prefix"
+    GLOBAL_PLUS_BAND = "global_plus_band"
+    DILATED = "dilated"
+    UNKNOWN = "unknown"
+
+
+class MaskedRows(StrEnum):
+    """What the source model gives for a query that sees no key."""
+
+    ZERO = "zero"
+    UNIFORM = "uniform"
+    NAN = "nan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """The symbols that a mask formula is written in: indices of batch, head, query and key."""
+
+    batch: Expr
+    head: Expr
+    query: Expr
+    key: Expr
+
+    @property
+    def queries(self) -> Expr:
+        """Number of queries S."""
+        return self.query.args[0]
+
+    @property
+    def keys(self) -> Expr:
+        """Number of keys T."""
+        return self.key.args[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """A 4-D value of the source model and the order of its axes."""
+
+    value: str
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """One attention site. Value names are the source model's; query (B,H,S,D), key (B,K,T,D), value (B,K,T,V) in their operands' layouts.
+
+    `visible` is the condition under which a query sees a key, `zeroed` the condition under which a score is multiplied by zero (FALSE
+    where it never is). `output` is (B,H,S,V), or (B*H,S,V) where `merged_output`. `sinks` names a value of shape (H,), or holds the one
+    number that all heads share. `mask_form` says how the mask is applied, for people.
+    """
+
+    node: str
+    form: str
+    mask_form: str
+    query: Operand
+    key: Operand
+    value: Operand
+    output: str
+    merged_output: bool
+    axes: Axes
+    visible: Expr
+    zeroed: Expr
+    heads: int
+    kv_heads: int
+    head_size: int | None
+    value_head_size: int | None
+    dtype: str
+    scale: float
+    softcap: float | None
+    sinks: str | float | None
+    masked_rows: MaskedRows
+    assumptions: tuple[str, ...]
+
+
+class ResidualKind(StrEnum):
+    """Factors of a mask beside the band that become operands."""
+
+    KEY_PADDING = "key_padding"
+    SEGMENTS = "segments"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """A run-time factor of the mask: a condition on (batch, key), or equality of a per-position label.
+
+    `data` is the formula of the operand's element at (batch, key): a boolean for KEY_PADDING, an integer for SEGMENTS.
+    """
+
+    kind: ResidualKind
+    data: Expr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BandProof:
+    """A proven statement: for all sizes allowed by `valid_for`, visible <=> band and every residual. Only prove_band makes one."""
+
+    mask: BandMask
+    residuals: tuple[Residual, ...]
+    kind: Kind
+    method: str
+    valid_for: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """A cell where mask and claim differ, at these sizes."""
+
+    batch: int
+    head: int
+    query: int
+    key: int
+    sizes: tuple[tuple[str, int], ...]
+    mask_shows: bool
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={value}" for name, value in self.sizes)
+        verb = "shows" if self.mask_shows else "hides"
+        return f"query {self.query}, key {self.key}" + (f" ({sizes})" if sizes else "") + f": the mask {verb} it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refutation:
+    """Why an attention is left as it is. `reason` starts with a stable code, then says what was expected and found."""
+
+    code: str
+    reason: str
+    node: str
+    kind: Kind = Kind.UNKNOWN
+    band: BandMask | None = None
+    witness: Witness | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One row of a report: an attention (None where its form could not be read) and the verdict on it."""
+
+    node: str
+    attention: Attention | None
+    verdict: BandProof | Refutation

@@ -1,0 +1,609 @@
+"""Formulas over integer indices: the language in which masks are read and proven.
+
+An Expr is an immutable expression of one of three sorts. Integers are kept as polynomials (a constant plus coefficients times
+products of atoms), comparisons as `polynomial <= 0` and `polynomial == 0`, so that the many spellings of one mask meet in one form.
+Symbols carry bounds: an index i of an axis of extent n has 0 <= i < n, a size has n >= 1. The constructors fold what these
+bounds decide; they never guess.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import reduce
+from math import isfinite, tanh
+
+
+class Sort(StrEnum):
+    INT = "int"
+    BOOL = "bool"
+    REAL = "real"
+
+
+class Op(StrEnum):
+    CONST = "const"
+    SYMBOL = "symbol"  # value: name; args: (extent,) for an index, () for a size
+    APPLY = "apply"  # value: function name; run-time data, or a constant array
+    SUM = "sum"  # value: (constant, coefficients); args: monomials
+    PRODUCT = "product"
+    FLOORDIV = "floordiv"
+    MOD = "mod"
+    LE0 = "le0"  # args[0] <= 0
+    EQ0 = "eq0"
+    AND = "and"
+    OR = "or"
+    NOT = "not"
+    ITE = "ite"
+    TO_REAL = "to_real"
+    REAL_ADD = "real_add"
+    REAL_MUL = "real_mul"
+    REAL_DIV = "real_div"
+    TANH = "tanh"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expr:
+    """One node of a formula. Equal formulas have equal digests, so equality and hashing cost nothing."""
+
+    op: Op
+    sort: Sort
+    args: tuple["Expr", ...] = ()
+    value: object = None
+    digest: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        state = hashlib.blake2b(f"{self.op}|{self.sort}|{self.value!r}".encode(), digest_size=16)
+        for arg in self.args:
+            state.update(arg.digest)
+        object.__setattr__(self, "digest", state.digest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Expr) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return show(self)
+
+    @property
+    def is_const(self) -> bool:
+        return self.op is Op.CONST
+
+    @property
+    def name(self) -> str:
+        """Name of a SYMBOL or of an APPLY's function."""
+        return str(self.value)
+
+
+Index = tuple[Expr, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------- leaves
+
+
+def integer(value: int) -> Expr:
+    return Expr(Op.CONST, Sort.INT, (), int(value))
+
+
+def boolean(value: bool) -> Expr:
+    return Expr(Op.CONST, Sort.BOOL, (), bool(value))
+
+
+def real(value: float) -> Expr:
+    return Expr(Op.CONST, Sort.REAL, (), float(value))
+
+
+ZERO, ONE = integer(0), integer(1)
+TRUE, FALSE = boolean(True), boolean(False)
+
+
+def size(name: str) -> Expr:
+    """A size known only at run time, at least 1."""
+    return Expr(Op.SYMBOL, Sort.INT, (), name)
+
+
+def index(name: str, extent: Expr) -> Expr:
+    """An index with 0 <= name < extent."""
+    return Expr(Op.SYMBOL, Sort.INT, (extent,), name)
+
+
+def apply(function: str, args: Index, sort: Sort) -> Expr:
+    """The element of run-time data (or of a constant array) at these indices."""
+    return Expr(Op.APPLY, sort, args, function)
+
+
+def const_int(expr: Expr) -> int | None:
+    """The value of a constant integer, else None."""
+    return expr.value if expr.is_const and expr.sort is Sort.INT and isinstance(expr.value, int) else None
+
+
+def const_real(expr: Expr) -> float | None:
+    """The value of a constant number of any sort, else None."""
+    if expr.op is Op.TO_REAL:
+        return const_real(expr.args[0])
+    return float(expr.value) if expr.is_const and isinstance(expr.value, int | float) else None
+
+
+# -------------------------------------------------------------------------------------------------------- integers
+
+_Monomial = tuple[Expr, ...]
+_Poly = dict[_Monomial, int]
+
+
+def _poly(expr: Expr) -> _Poly:
+    """Polynomial of an integer expression: monomial (a sorted tuple of atoms, () the constant) -> coefficient."""
+    if expr.is_const:
+        return {(): int(expr.value)} if expr.value else {}  # type: ignore[call-overload]
+    if expr.op is Op.SUM:
+        constant, coefficients = expr.value  # type: ignore[misc]
+        poly: _Poly = {_atoms(arg): c for arg, c in zip(expr.args, coefficients, strict=True)}
+        if constant:
+            poly[()] = constant
+        return poly
+    return {_atoms(expr): 1}
+
+
+def _atoms(expr: Expr) -> _Monomial:
+    return expr.args if expr.op is Op.PRODUCT else (expr,)
+
+
+def _from_poly(poly: _Poly) -> Expr:
+    terms = sorted(((m, c) for m, c in poly.items() if m and c), key=lambda term: tuple(atom.digest for atom in term[0]))
+    constant = poly.get((), 0)
+    if not terms:
+        return integer(constant)
+    monomials = tuple(m[0] if len(m) == 1 else Expr(Op.PRODUCT, Sort.INT, m) for m, _ in terms)
+    if len(terms) == 1 and not constant and terms[0][1] == 1:
+        return monomials[0]
+    return Expr(Op.SUM, Sort.INT, monomials, (constant, tuple(c for _, c in terms)))
+
+
+def add(*terms: Expr) -> Expr:
+    total: _Poly = {}
+    for term in terms:
+        for monomial, coefficient in _poly(term).items():
+            total[monomial] = total.get(monomial, 0) + coefficient
+    return _from_poly(total)
+
+
+def neg(expr: Expr) -> Expr:
+    return _from_poly({m: -c for m, c in _poly(expr).items()})
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return add(a, neg(b))
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    product: _Poly = {}
+    for ma, ca in _poly(a).items():
+        for mb, cb in _poly(b).items():
+            monomial = tuple(sorted(ma + mb, key=lambda atom: atom.digest))
+            product[monomial] = product.get(monomial, 0) + ca * cb
+    return _from_poly(product)
+
+
+def product_of(factors: Iterable[Expr]) -> Expr:
+    return reduce(mul, factors, ONE)
+
+
+def exact_div(a: Expr, b: Expr) -> Expr | None:
+    """a / b where b is a single monomial that divides every term of a, else None."""
+    divisor = list(_poly(b).items())
+    if len(divisor) != 1:
+        return None
+    (by_atoms, by), quotient = divisor[0], {}
+    for monomial, coefficient in _poly(a).items():
+        rest = list(monomial)
+        for atom in by_atoms:
+            if atom not in rest:
+                return None
+            rest.remove(atom)
+        if coefficient % by:
+            return None
+        quotient[tuple(rest)] = coefficient // by
+    return _from_poly(quotient)
+
+
+def _split_multiples(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """(quotient, rest) with a = quotient * b + rest, taking out the terms that b divides."""
+    quotient, rest = ZERO, ZERO
+    divisor = const_int(b)
+    for monomial, coefficient in _poly(a).items():
+        term = _from_poly({monomial: coefficient})
+        if divisor is not None:
+            whole, remains = divmod(coefficient, divisor)
+            quotient = add(quotient, _from_poly({monomial: whole}))
+            rest = add(rest, _from_poly({monomial: remains}))
+        elif (part := exact_div(term, b)) is not None:
+            quotient = add(quotient, part)
+        else:
+            rest = add(rest, term)
+    return quotient, rest
+
+
+def floordiv(a: Expr, b: Expr) -> Expr:
+    """Floor of a / b for b >= 1. A divisor that is not known to be positive stays symbolic."""
+    if not at_least(b, 1):
+        return Expr(Op.FLOORDIV, Sort.INT, (a, b))
+    quotient, rest = _split_multiples(a, b)
+    if at_least(rest, 0) and at_least(sub(b, rest), 1):
+        return quotient
+    return add(quotient, Expr(Op.FLOORDIV, Sort.INT, (rest, b)))
+
+
+def mod(a: Expr, b: Expr) -> Expr:
+    """a - b * floor(a / b)."""
+    if not at_least(b, 1):
+        return Expr(Op.MOD, Sort.INT, (a, b))
+    _, rest = _split_multiples(a, b)
+    if at_least(rest, 0) and at_least(sub(b, rest), 1):
+        return rest
+    return Expr(Op.MOD, Sort.INT, (rest, b))
+
+
+def truncdiv(a: Expr, b: Expr) -> Expr:
+    """Division that rounds toward zero, as ONNX Div and C do."""
+    if at_least(a, 0):
+        return floordiv(a, b)
+    return ite(le(ZERO, a), floordiv(a, b), neg(floordiv(neg(a), b)))
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    return ite(le(a, b), a, b)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    return ite(le(a, b), b, a)
+
+
+def absolute(a: Expr) -> Expr:
+    return ite(le(ZERO, a), a, neg(a))
+
+
+# ---------------------------------------------------------------------------------------------------------- bounds
+
+
+def at_least(expr: Expr, bound: int) -> bool:
+    """Whether expr >= bound follows from the symbols' bounds alone. False means unknown."""
+    lowest = _lowest(expr)
+    return lowest is not None and lowest >= bound
+
+
+def _lowest(expr: Expr, depth: int = 8) -> int | None:
+    """A constant lower bound: replaces an index by the end of its range that makes the expression smallest, term by term."""
+    poly = _poly(expr)
+    for atom in {atom for monomial in poly for atom in monomial if atom.op is Op.SYMBOL and atom.args}:
+        terms = [(m, c) for m, c in poly.items() if atom in m]
+        if depth and all(len(m) == 1 for m, _ in terms) and terms[0][1] < 0:
+            largest = sub(atom.args[0], ONE)
+            return _lowest(substitute_atom(expr, atom, largest), depth - 1)
+    total = 0
+    for monomial, coefficient in poly.items():
+        if not monomial:
+            total += coefficient
+            continue
+        lows = [_atom_lowest(atom, depth) for atom in monomial]
+        if coefficient < 0 or any(low is None or low < 0 for low in lows):
+            single = _negative_term(monomial, coefficient, depth)
+            if single is None:
+                return None
+            total += single
+            continue
+        total += coefficient * reduce(lambda x, y: x * y, (low for low in lows if low is not None), 1)
+    return total
+
+
+def _negative_term(monomial: _Monomial, coefficient: int, depth: int) -> int | None:
+    """Lower bound of coefficient * atom for one atom whose own range is constant on the side that matters."""
+    if len(monomial) != 1:
+        return None
+    atom = monomial[0]
+    if coefficient > 0:
+        low = _atom_lowest(atom, depth)
+        return None if low is None else coefficient * low
+    high = _atom_highest(atom)
+    return None if high is None else coefficient * high
+
+
+def _atom_lowest(atom: Expr, depth: int) -> int | None:
+    if atom.op is Op.SYMBOL:
+        return 0 if atom.args else 1
+    if atom.op is Op.MOD and at_least(atom.args[1], 1):
+        return 0
+    if atom.op is Op.FLOORDIV and depth and at_least(atom.args[1], 1):
+        low = _lowest(atom.args[0], depth - 1)
+        return 0 if low is not None and low >= 0 else None
+    if atom.op is Op.ITE and depth:
+        lows = [_lowest(branch, depth - 1) for branch in atom.args[1:]]
+        return None if any(low is None for low in lows) else min(low for low in lows if low is not None)
+    return None
+
+
+def _atom_highest(atom: Expr) -> int | None:
+    if atom.op is Op.MOD:
+        modulus = const_int(atom.args[1])
+        return None if modulus is None else modulus - 1
+    if atom.op is Op.SYMBOL and atom.args:
+        extent = const_int(atom.args[0])
+        return None if extent is None else extent - 1
+    return None
+
+
+def substitute_atom(expr: Expr, atom: Expr, replacement: Expr) -> Expr:
+    """expr with one atom of its polynomial replaced (not inside other atoms)."""
+    total = ZERO
+    for monomial, coefficient in _poly(expr).items():
+        factors = (replacement if factor == atom else factor for factor in monomial)
+        total = add(total, mul(integer(coefficient), product_of(factors)))
+    return total
+
+
+# ------------------------------------------------------------------------------------------------ comparisons, logic
+
+
+def le(a: Expr, b: Expr) -> Expr:
+    """a <= b, for integers or for reals that are integers in disguise."""
+    a, b = _as_integers(a, b)
+    return _pushed(a, b, le) or _le0(sub(a, b))
+
+
+def lt(a: Expr, b: Expr) -> Expr:
+    a, b = _as_integers(a, b)
+    return _pushed(a, b, lt) or _le0(add(sub(a, b), ONE))
+
+
+def eq(a: Expr, b: Expr) -> Expr:
+    if a.sort is Sort.BOOL and b.sort is Sort.BOOL:
+        return or_(and_(a, b), and_(not_(a), not_(b)))
+    a, b = _as_integers(a, b)
+    return _pushed(a, b, eq) or _eq0(sub(a, b))
+
+
+def _as_integers(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    return to_integer(a), to_integer(b)
+
+
+def to_integer(expr: Expr) -> Expr:
+    """An integer expression of the same value. Raises NotInteger where there is none in this language."""
+    if expr.sort is Sort.INT:
+        return expr
+    if expr.sort is Sort.BOOL:
+        return ite(expr, ONE, ZERO)
+    if expr.op is Op.TO_REAL:
+        return expr.args[0]
+    if expr.is_const and float(expr.value).is_integer():  # type: ignore[arg-type]
+        return integer(int(expr.value))  # type: ignore[call-overload]
+    if expr.op is Op.ITE:
+        return ite(expr.args[0], to_integer(expr.args[1]), to_integer(expr.args[2]))
+    if expr.op is Op.REAL_ADD:
+        return add(*(to_integer(arg) for arg in expr.args))
+    if expr.op is Op.REAL_MUL:
+        return mul(to_integer(expr.args[0]), to_integer(expr.args[1]))
+    raise NotInteger(expr)
+
+
+class NotInteger(Exception):
+    """A real-valued expression stands where only integers can be reasoned about."""
+
+    def __init__(self, expr: Expr) -> None:
+        super().__init__(f"a real-valued expression in a comparison: {show(expr)}")
+        self.expr = expr
+
+
+def _pushed(a: Expr, b: Expr, compare: Callable[[Expr, Expr], Expr]) -> Expr | None:
+    """Comparison of a two-way constant with a constant, decided on each branch."""
+    for this, that, flip in ((a, b, False), (b, a, True)):
+        if this.op is Op.ITE and that.is_const and all(branch.is_const for branch in this.args[1:]):
+            branches = (compare(that, branch) if flip else compare(branch, that) for branch in this.args[1:])
+            return ite(this.args[0], *branches)
+    return None
+
+
+def _le0(poly: Expr) -> Expr:
+    if (value := const_int(poly)) is not None:
+        return boolean(value <= 0)
+    if at_least(neg(poly), 0):
+        return TRUE
+    if at_least(poly, 1):
+        return FALSE
+    return Expr(Op.LE0, Sort.BOOL, (poly,))
+
+
+def _eq0(poly: Expr) -> Expr:
+    if (value := const_int(poly)) is not None:
+        return boolean(value == 0)
+    if at_least(poly, 1) or at_least(neg(poly), 1):
+        return FALSE
+    flipped = neg(poly)
+    return Expr(Op.EQ0, Sort.BOOL, (min(poly, flipped, key=lambda e: e.digest),))
+
+
+def not_(a: Expr) -> Expr:
+    if a.is_const:
+        return boolean(not a.value)
+    if a.op is Op.NOT:
+        return a.args[0]
+    if a.op is Op.LE0:
+        return _le0(sub(ONE, a.args[0]))
+    return Expr(Op.NOT, Sort.BOOL, (a,))
+
+
+def and_(*terms: Expr) -> Expr:
+    return _junction(Op.AND, terms, neutral=TRUE, absorbing=FALSE)
+
+
+def or_(*terms: Expr) -> Expr:
+    return _junction(Op.OR, terms, neutral=FALSE, absorbing=TRUE)
+
+
+def _junction(op: Op, terms: Iterable[Expr], *, neutral: Expr, absorbing: Expr) -> Expr:
+    flat = {part for term in terms for part in (term.args if term.op is op else (term,)) if part != neutral}
+    if absorbing in flat or any(not_(part) in flat for part in flat if part.op is Op.NOT):
+        return absorbing
+    if len(flat) <= 1:
+        return flat.pop() if flat else neutral
+    return Expr(op, Sort.BOOL, tuple(sorted(flat, key=lambda part: part.digest)))
+
+
+def ite(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    if condition.is_const:
+        return then if condition.value else otherwise
+    if then == otherwise:
+        return then
+    if then.sort is Sort.BOOL:
+        return or_(and_(condition, then), and_(not_(condition), otherwise))
+    return Expr(Op.ITE, then.sort, (condition, then, otherwise))
+
+
+# ----------------------------------------------------------------------------------------------------------- reals
+
+
+def to_real(expr: Expr) -> Expr:
+    if expr.sort is Sort.REAL:
+        return expr
+    if expr.sort is Sort.BOOL:
+        return ite(expr, real(1.0), real(0.0))
+    if expr.op is Op.ITE:
+        return ite(expr.args[0], to_real(expr.args[1]), to_real(expr.args[2]))
+    return real(float(expr.value)) if expr.is_const else Expr(Op.TO_REAL, Sort.REAL, (expr,))  # type: ignore[arg-type]
+
+
+def real_add(a: Expr, b: Expr) -> Expr:
+    a, b = to_real(a), to_real(b)
+    if a.is_const and b.is_const:
+        return real(float(a.value) + float(b.value))  # type: ignore[arg-type]
+    if a == real(0.0):
+        return b
+    if b == real(0.0):
+        return a
+    if a.op is Op.TO_REAL and (b.op is Op.TO_REAL or (b.is_const and float(b.value).is_integer())):  # type: ignore[arg-type]
+        return to_real(add(a.args[0], to_integer(b)))
+    if b.op is Op.TO_REAL and a.is_const and float(a.value).is_integer():  # type: ignore[arg-type]
+        return real_add(b, a)
+    return Expr(Op.REAL_ADD, Sort.REAL, (a, b))
+
+
+def real_mul(a: Expr, b: Expr) -> Expr:
+    a, b = to_real(a), to_real(b)
+    if a.is_const and b.is_const:
+        return real(float(a.value) * float(b.value))  # type: ignore[arg-type]
+    if a.is_const:
+        a, b = b, a
+    if b == real(1.0):
+        return a
+    if b.is_const and a.op is Op.ITE and all(branch.is_const for branch in a.args[1:]):
+        return ite(a.args[0], real_mul(a.args[1], b), real_mul(a.args[2], b))
+    return Expr(Op.REAL_MUL, Sort.REAL, (a, b))
+
+
+def real_div(a: Expr, b: Expr) -> Expr:
+    a, b = to_real(a), to_real(b)
+    divisor = const_real(b)
+    if divisor and a.is_const:
+        return real(float(a.value) / divisor)  # type: ignore[arg-type]
+    return Expr(Op.REAL_DIV, Sort.REAL, (a, b))
+
+
+def real_tanh(a: Expr) -> Expr:
+    return real(tanh(float(a.value))) if a.is_const else Expr(Op.TANH, Sort.REAL, (a,))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------- whole formulas
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """Every distinct node, parents before their first-reached children."""
+    seen: set[bytes] = set()
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if node.digest in seen:
+            continue
+        seen.add(node.digest)
+        yield node
+        stack.extend(node.args)
+
+
+def rebuild(expr: Expr, args: Index) -> Expr:
+    """The same operation on other arguments, folded again."""
+    builders: dict[Op, Callable[..., Expr]] = {
+        Op.FLOORDIV: floordiv,
+        Op.MOD: mod,
+        Op.AND: and_,
+        Op.OR: or_,
+        Op.NOT: not_,
+        Op.ITE: ite,
+        Op.LE0: lambda a: _pushed(a, ZERO, le) or _le0(a),
+        Op.EQ0: lambda a: _pushed(a, ZERO, eq) or _eq0(a),
+        Op.TO_REAL: to_real,
+        Op.REAL_ADD: real_add,
+        Op.REAL_MUL: real_mul,
+        Op.REAL_DIV: real_div,
+        Op.TANH: real_tanh,
+    }
+    if expr.op is Op.SUM:
+        constant, coefficients = expr.value  # type: ignore[misc]
+        return add(integer(constant), *(mul(integer(c), a) for c, a in zip(coefficients, args, strict=True)))
+    if expr.op is Op.PRODUCT:
+        return product_of(args)
+    if expr.op in builders:
+        return builders[expr.op](*args)
+    return Expr(expr.op, expr.sort, args, expr.value)
+
+
+def transform(expr: Expr, replace: Callable[[Expr], Expr | None]) -> Expr:
+    """Bottom-up copy; `replace` may give another node for one whose children are already replaced."""
+    done: dict[bytes, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if (known := done.get(node.digest)) is not None:
+            return known
+        early = replace(node)
+        if early is None:
+            args = node.args if node.op is Op.SYMBOL else tuple(visit(arg) for arg in node.args)
+            changed = node if args == node.args else rebuild(node, args)
+            early = changed if changed is node else (replace(changed) or changed)
+        done[node.digest] = early
+        return early
+
+    return visit(expr)
+
+
+def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
+    """expr with these nodes (symbols, usually) replaced."""
+    return transform(expr, values.get)
+
+
+def is_finite_const(expr: Expr) -> bool:
+    return (value := const_real(expr)) is not None and isfinite(value)
+
+
+def show(expr: Expr) -> str:
+    """Short text for messages."""
+    args = [show(arg) for arg in expr.args] if expr.op is not Op.SYMBOL else []
+    match expr.op:
+        case Op.CONST:
+            return str(expr.value).lower() if expr.sort is Sort.BOOL else str(expr.value)
+        case Op.SYMBOL:
+            return expr.name
+        case Op.APPLY:
+            return f"{expr.name}[{', '.join(args)}]"
+        case Op.SUM:
+            constant, coefficients = expr.value  # type: ignore[misc]
+            terms = [f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{arg}" for c, arg in zip(coefficients, args, strict=True)]
+            return " + ".join([*terms, *([str(constant)] if constant else [])]).replace("+ -", "- ")
+        case Op.LE0:
+            return f"{args[0]} <= 0"
+        case Op.EQ0:
+            return f"{args[0]} == 0"
+        case Op.ITE:
+            return f"({args[1]} if {args[0]} else {args[2]})"
+        case Op.AND | Op.OR:
+            return f"({f' {expr.op} '.join(args)})"
+        case Op.NOT | Op.TANH | Op.TO_REAL:
+            return f"{expr.op}({args[0]})"
+        case _:
+            symbol = {Op.PRODUCT: "*", Op.FLOORDIV: "//", Op.MOD: "%", Op.REAL_ADD: "+", Op.REAL_MUL: "*", Op.REAL_DIV: "/"}
+            return f"({symbol[expr.op].join(args)})"
