@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from swacompile.graph import Constant
-from swacompile.index_expr import TRUE, Expr, Index, Sort, add, and_, apply, boolean, const_int, integer, ite, le, mul, neg, real, sub
+from swacompile.index_expr import TRUE, ZERO, Expr, Index, Sort, add, and_, apply, boolean, const_int, integer, ite, le, mul, neg, real, sub
 from swacompile.passes.index_tensor import sort_of
 
 MAX_ELEMENTS = 1 << 28  # A constant mask of 16384 x 16384; larger arrays are weights.
@@ -21,6 +21,7 @@ class ArrayReader:
 
     loaded: dict[str, np.ndarray] = field(default_factory=dict)
     _patterns: dict[str, "_Pattern | None"] = field(default_factory=dict)
+    _varying: dict[str, tuple[bool, ...]] = field(default_factory=dict)
 
     def element(self, name: str, constant: Constant, indices: Index) -> Expr:
         """The element at these indices: a number, a formula, or the array itself as a function."""
@@ -34,7 +35,10 @@ class ArrayReader:
         if name not in self._patterns:
             self._patterns[name] = _pattern(array, sort)
         pattern = self._patterns[name]
-        return pattern.at(indices) if pattern else apply(PREFIX + name, indices, sort)
+        if pattern:
+            return pattern.at(indices)
+        varies = self._varying.setdefault(name, _varying_axes(array))
+        return apply(PREFIX + name, tuple(i if v else ZERO for i, v in zip(indices, varies, strict=True)), sort)
 
     def lookup(self, function: str) -> np.ndarray | None:
         """The array behind a function name in a formula, None for run-time data."""
@@ -92,6 +96,11 @@ def _number(value: np.generic, sort: Sort) -> Expr:
     if sort is Sort.BOOL:
         return boolean(bool(value))
     return integer(int(value)) if sort is Sort.INT else real(float(value))
+
+
+def _varying_axes(array: np.ndarray) -> tuple[bool, ...]:
+    """Which axes matter: along the others all slices are equal."""
+    return tuple(bool((array != array.take([0], axis=axis)).any()) for axis in range(array.ndim))
 
 
 def _pattern(array: np.ndarray, sort: Sort) -> _Pattern | None:

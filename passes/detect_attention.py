@@ -12,7 +12,7 @@ from math import inf, sqrt
 
 from swacompile.attention import Attention, Axes, Finding, Layout, MaskedRows, Operand, Refutation
 from swacompile.graph import Graph, Node
-from swacompile.index_expr import FALSE, ONE, TRUE, Expr, Index, Op, Sort, add, and_, const_int, floordiv, index, integer, le, mul, neg, or_
+from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, floordiv, index, integer, le, mul, neg, or_
 from swacompile.index_expr import sub, substitute, walk
 from swacompile.passes.arrays import PREFIX
 from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index
@@ -277,7 +277,7 @@ def _sinks(reading: Reading, logits: IndexTensor, lead: Index, axes: Axes) -> st
     if not case.logit.terms:
         return case.logit.constant
     (term,) = case.logit.terms
-    if term.op is not Op.APPLY or term.args != (axes.head,) or case.logit.constant:
+    if term.op is not Op.APPLY or [i for i in term.args if i != ZERO] != [axes.head] or case.logit.constant:
         raise NotReadable("sink-form", f"expected one sink logit a head, found {term}")
     return term.name.removeprefix(PREFIX)
 
@@ -394,9 +394,15 @@ def _layout(reading: Reading, axes: Axes, sequence: Expr, source: Source, tensor
         grouped = floordiv(axes.head, integer(heads_total // heads))
         last = source.indices[3]
         expected = {0: axes.batch, head_axis: grouped, sequence_axis: sequence}
-        if all(source.indices[axis] == at for axis, at in expected.items()) and last.op is Op.SYMBOL and last.name in ("d", "v"):
+        placed = all(_same_place(source.indices[axis], at) for axis, at in expected.items())
+        if placed and last.op is Op.SYMBOL and last.name in ("d", "v"):
             return layout
     return None
+
+
+def _same_place(found: Expr, expected: Expr) -> bool:
+    """Whether two indices agree; 0 is the only index of an axis of extent 1."""
+    return found == expected or (found == ZERO and expected.op is Op.SYMBOL and expected.args == (ONE,))
 
 
 def _attention(  # noqa: PLR0913

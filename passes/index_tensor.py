@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swacompile.graph import FLOATS
-from swacompile.index_expr import ONE, ZERO, Expr, Index, Sort, add, apply, const_int, eq, exact_div, index, integer, le
-from swacompile.index_expr import maximum, minimum, substitute
+from swacompile.index_expr import ONE, ZERO, Expr, Index, Op, Sort, add, apply, at_least, const_int, index, integer, ite, le, maximum, minimum
+from swacompile.index_expr import neg, sub, substitute_atom, transform, walk
 
 MAX_DEPTH = 200  # A mask needs a few dozen operations; past this the element is run-time data.
 
@@ -100,11 +100,21 @@ class Sizes:
             return b
         if (const_int(a) is not None) and (const_int(b) is not None):
             raise Unreadable(f"axes of extent {a} and {b} do not broadcast")
-        for gone, stays in ((b, a), (a, b)):
-            if gone.op == "symbol":
-                self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
-                return stays
-        return a
+        gone, stays = self._order(a, b)
+        self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
+        return stays
+
+    @staticmethod
+    def _order(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+        """(what goes, what stays in its place): a == b solved for a symbol, or for the whole of one side where that is not possible."""
+        difference = sub(a, b)
+        for symbol in walk(difference):
+            if symbol.op is Op.SYMBOL and not symbol.args:
+                rest = substitute_atom(difference, symbol, ZERO)
+                coefficient = sub(difference, rest)
+                if symbol not in walk(rest) and coefficient in (symbol, neg(symbol)):
+                    return symbol, (neg(rest) if coefficient == symbol else rest)
+        return (b, a) if a.op is Op.SYMBOL else (a, b)
 
     def broadcast(self, *shapes: Index) -> Index:
         rank = max(len(shape) for shape in shapes)
@@ -116,16 +126,12 @@ class Sizes:
 
     def assumed(self, expr: Expr) -> tuple[str, ...]:
         """The equalities that `resolve` would use on this expression, as text."""
-        from swacompile.index_expr import walk
-
         used = {node for node in walk(expr) if node in self._equal}
         return tuple(sorted(f"{symbol} == {self._equal[symbol]}" for symbol in used))
 
 
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:
     """Replace sizes everywhere, also in the extents that bound indices."""
-    from swacompile.index_expr import Op, transform
-
     def replace(node: Expr) -> Expr | None:
         if node in sizes:
             return sizes[node]
@@ -161,16 +167,10 @@ def clamp(position: Expr, extent: Expr) -> Expr:
 
 
 def _negative_size(position: Expr) -> bool:
-    from swacompile.index_expr import at_least, neg
-
     return at_least(neg(position), 1)
 
 
 def wrapped(position: Expr, extent: Expr) -> Expr:
     """An index as gather reads it: negative ones count from the end."""
-    from swacompile.index_expr import at_least, ite
-
     return position if at_least(position, 0) else ite(le(ZERO, position), position, add(position, extent))
 
-
-__all__ = ["Depth", "IndexTensor", "Sizes", "Unreadable", "broadcast_index", "clamp", "eq", "exact_div", "normal_axis", "sort_of", "substitute", "wrapped"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import inf, isnan
 
 from swacompile.graph import EXP_UNDERFLOW, LOWEST
-from swacompile.index_expr import FALSE, TRUE, Expr, Op, and_, const_real, not_, walk
+from swacompile.index_expr import FALSE, TRUE, Expr, Op, and_, const_real, not_, real, real_mul, walk
 
 MAX_CASES = 64
 
@@ -114,16 +114,15 @@ def _product(a: Logit, b: Logit, expr: Expr) -> Logit:
 
 
 def _times(logit: Logit, factor: float) -> Logit:
-    if logit.terms:
-        raise UnreadableLogits("a scaled additive term")
+    terms = tuple(real_mul(term, real(factor)) for term in logit.terms)
     constant = 0.0 if logit.constant == 0 else logit.constant * factor
     if isnan(constant):
         raise UnreadableLogits("0 * inf in the mask")
     if logit.inner is None:
-        return Logit(constant=constant)
+        return Logit(constant=constant, terms=terms)
     if logit.outer is not None:
-        return Logit(inner=logit.inner, outer=logit.outer * factor, constant=constant)
-    return Logit(inner=logit.inner * factor, constant=constant)
+        return Logit(inner=logit.inner, outer=logit.outer * factor, constant=constant, terms=terms)
+    return Logit(inner=logit.inner * factor, constant=constant, terms=terms)
 
 
 def _tanh(logit: Logit) -> Logit:

@@ -1,10 +1,10 @@
 """Read a graph as formulas: every value becomes a tensor with a shape and a formula for its elements."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from swacompile.graph import Constant, Graph, Node, TensorType
-from swacompile.index_expr import Expr, Index, Sort, apply, const_int, integer, real, boolean
+from swacompile.index_expr import Expr, Index, Sort, apply, integer, size
 from swacompile.passes.arrays import ArrayReader
 from swacompile.passes.index_tensor import Depth, IndexTensor, Sizes, Unreadable, sort_of
 from swacompile.passes.rules import compute, elementwise, lookups, sources, views
@@ -65,13 +65,14 @@ def _add_node(reading: Reading, node: Node) -> None:
             name=first, dtype=dtype, shape=meaning.shape, read=meaning.read or data, opaque=meaning.read is None, depth=reading.depth
         )
     for name in others:
-        _add_data(reading, name, reading.graph.types.get(name))
+        known = reading.graph.types.get(name)
+        if known is None and meaning is not None and node.op == "top_k":
+            known = TensorType(dtype="int64", dims=meaning.shape)
+        _add_data(reading, name, known)
 
 
 def _add_data(reading: Reading, name: str, known: TensorType | None) -> None:
     """A value that is run-time data, if its rank is known. An unknown extent becomes a size of its own."""
-    from swacompile.index_expr import size
-
     if not name or known is None or known.dims is None:
         return
     shape = tuple(size(f"{name}.{axis}") if dim is None else dim for axis, dim in enumerate(known.dims))
@@ -79,7 +80,7 @@ def _add_data(reading: Reading, name: str, known: TensorType | None) -> None:
     reading.tensors[name] = IndexTensor(name=name, dtype=known.dtype, shape=shape, read=read, opaque=True, depth=reading.depth)
 
 
-def _data(name: str, sort: Sort):  # type: ignore[no-untyped-def]
+def _data(name: str, sort: Sort) -> Callable[[Index], Expr]:
     def read(indices: Index) -> Expr:
         return apply(name, indices, sort)
 
@@ -110,5 +111,3 @@ def _dtype(node: Node, reading: Reading) -> str:
     operand = reading.tensors.get(node.input(position))
     return operand.dtype if operand else "float32"
 
-
-__all__ = ["Reading", "boolean", "const_int", "read_masks", "real"]

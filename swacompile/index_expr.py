@@ -189,20 +189,29 @@ def product_of(factors: Iterable[Expr]) -> Expr:
 
 
 def exact_div(a: Expr, b: Expr) -> Expr | None:
-    """a / b where b is a single monomial that divides every term of a, else None."""
-    divisor = list(_poly(b).items())
-    if len(divisor) != 1:
+    """a / b where b divides a as a polynomial with integer coefficients, else None."""
+    divisor, rest = _poly(b), dict(_poly(a))
+    if not divisor:
         return None
-    (by_atoms, by), quotient = divisor[0], {}
-    for monomial, coefficient in _poly(a).items():
-        rest = list(monomial)
-        for atom in by_atoms:
-            if atom not in rest:
+    variables = sorted({atom for poly in (divisor, rest) for monomial in poly for atom in monomial}, key=lambda atom: atom.digest)
+
+    def leading(poly: _Poly) -> _Monomial:  # in lexicographic order, which makes the division below end
+        return max(poly, key=lambda monomial: tuple(monomial.count(variable) for variable in variables))
+
+    head = leading(divisor)
+    quotient: _Poly = {}
+    while rest:
+        top = leading(rest)
+        factor = list(top)
+        for atom in head:
+            if atom not in factor:
                 return None
-            rest.remove(atom)
-        if coefficient % by:
+            factor.remove(atom)
+        if rest[top] % divisor[head]:
             return None
-        quotient[tuple(rest)] = coefficient // by
+        part = {tuple(factor): rest[top] // divisor[head]}
+        quotient |= part
+        rest = {m: c for m, c in _poly(sub(_from_poly(rest), mul(_from_poly(part), b))).items() if c}
     return _from_poly(quotient)
 
 
@@ -328,6 +337,9 @@ def _atom_highest(atom: Expr) -> int | None:
     if atom.op is Op.SYMBOL and atom.args:
         extent = const_int(atom.args[0])
         return None if extent is None else extent - 1
+    if atom.op is Op.FLOORDIV and (divisor := const_int(atom.args[1])) is not None and divisor >= 1:
+        lowest = _lowest(neg(atom.args[0]))
+        return None if lowest is None else -lowest // divisor
     return None
 
 

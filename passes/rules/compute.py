@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import ONE
+from swacompile.index_expr import ONE, mul
 from swacompile.passes.index_tensor import Unreadable, normal_axis
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
@@ -31,6 +31,36 @@ def _reduce(ops: Operands) -> Meaning:
     return Meaning(shape=shape, read=None)
 
 
+def _gather_elements(ops: Operands) -> Meaning:
+    return Meaning(shape=ops.tensor(1).shape, read=None)
+
+
+def _gemm(ops: Operands) -> Meaning:
+    left, right = ops.tensor(0), ops.tensor(1)
+    rows = left.shape[1 if ops.integer("transA", 0) else 0]
+    return Meaning(shape=(rows, right.shape[0 if ops.integer("transB", 0) else 1]), read=None)
+
+
+def _top_k(ops: Operands) -> Meaning:
+    """Both outputs have this shape."""
+    operand = ops.tensor(0)
+    axis = normal_axis(ops.integer("axis", -1), operand.rank)
+    (count,) = ops.tensor(1).vector()
+    return Meaning(shape=(*operand.shape[:axis], count, *operand.shape[axis + 1 :]), read=None)
+
+
+def _one_hot(ops: Operands) -> Meaning:
+    positions = ops.tensor(0)
+    axis = normal_axis(ops.integer("axis", -1), positions.rank + 1)
+    (depth,) = ops.tensor(1).vector()
+    return Meaning(shape=(*positions.shape[:axis], depth, *positions.shape[axis:]), read=None)
+
+
+def _tile(ops: Operands) -> Meaning:
+    operand, repeats = ops.tensor(0), ops.tensor(1).vector()
+    return Meaning(shape=tuple(mul(extent, repeat) for extent, repeat in zip(operand.shape, repeats, strict=True)), read=None)
+
+
 def _attention(ops: Operands) -> Meaning:
     query, value = ops.tensor(0), ops.tensor(2)
     if query.rank != 4 or value.rank != 4:
@@ -46,4 +76,10 @@ RULES: Mapping[str, Rule] = {
     "reduce_max": _reduce,
     "reduce": _reduce,
     "attention": _attention,
+    "gather_elements": _gather_elements,
+    "gemm": _gemm,
+    "top_k": _top_k,
+    "one_hot": _one_hot,
+    "tile": _tile,
+    "scatter_nd": _like_first,
 }
