@@ -6,7 +6,7 @@ An attention is
    may scale, cap, mask, add sinks, reshape, expand heads or replace NaN; it is read as formulas, so its spelling does not matter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 
@@ -19,6 +19,10 @@ from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_in
 from swacompile.passes.logits import Case, Logit, UnreadableLogits, cases
 from swacompile.passes.read_masks import Reading
 from swacompile.passes.trace import Source, trace
+
+
+MAX_BETWEEN = 2000  # Operations between a softmax and its products, at most: hand-written block attention has many.
+ENDS_SEARCH = ("softmax", "shape", "gemm", "normalize", "activation", "attention", "top_k", "gather", "Conv")
 
 
 class NotReadable(Exception):
@@ -109,9 +113,12 @@ def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor |
 
 def _softmax(reading: Reading, node: Node) -> Attention | None:
     logits = reading.tensors.get(node.inputs[0])
+    if not _between_products(reading.graph, node):
+        return None
     weighted = _weighted_sum(reading.graph, node)
     if weighted is None:
-        return None
+        raise NotReadable("no-product", "the softmax's weights do not reach a plain query-key-value product: attention that is already cut into "
+                          "blocks, or of a form that is not known")  # fmt: skip
     if logits is None:
         raise NotReadable("unknown-shape", "the rank of the scores is not known")
     if node.attrs.get("axis", -1) not in (-1, logits.rank - 1):
@@ -122,6 +129,36 @@ def _softmax(reading: Reading, node: Node) -> Attention | None:
     if score is None:
         return None
     return _between(reading, node, logits, score, *weighted)
+
+
+def _between_products(graph: Graph, node: Node) -> bool:
+    """Whether a softmax stands between two products of run-time data, so that it is an attention of some form and not a router or a head."""
+    above = _nearest_products(graph, node.inputs[0], lambda value: [graph.producers[value]] if value in graph.producers else [], upwards=True)
+    below = _nearest_products(graph, node.outputs[0], lambda value: graph.users.get(value, ()), upwards=False)
+    return above and below
+
+
+def _nearest_products(graph: Graph, value: str, neighbours: Callable[[str], Sequence[Node]], *, upwards: bool) -> bool:
+    """Whether a product of two run-time values is reached before other products, within a short distance."""
+    frontier, seen = [value], set[str]()
+    while frontier and len(seen) < MAX_BETWEEN:
+        for found in neighbours(frontier.pop(0)):
+            if found.outputs[0] in seen:
+                continue
+            seen.add(found.outputs[0])
+            if found.op in ("matmul", "Einsum"):
+                if all(_is_run_time(graph, operand) for operand in found.inputs):
+                    return True
+            elif found.op not in ENDS_SEARCH:
+                frontier.extend(found.inputs if upwards else found.outputs)
+    return False
+
+
+def _is_run_time(graph: Graph, value: str) -> bool:
+    """Whether a value is not just a stored weight in some view."""
+    while value in graph.producers and graph.producers[value].op in ("transpose", "reshape", "identity", "cast", "unsqueeze"):
+        value = graph.producers[value].inputs[0]
+    return value not in graph.constants
 
 
 def _weighted_sum(graph: Graph, node: Node) -> tuple[Node, bool] | None:

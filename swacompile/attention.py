@@ -106,10 +106,12 @@ class ResidualKind(StrEnum):
 class Residual:
     """A run-time factor of the mask: a condition on (batch, key), or equality of a per-position label.
 
-    `data` is the formula of the operand's element at (batch, key): a boolean for KEY_PADDING, an integer for SEGMENTS.
+    `condition` is the factor as it stands in the mask; `data` is the formula of the operand's element at (batch, key): a boolean for
+    KEY_PADDING, an integer for SEGMENTS.
     """
 
     kind: ResidualKind
+    condition: Expr
     data: Expr
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import Expr, FALSE, Index, Sort, ZERO, add, const_int, integer, ite, le, real, sub
+from swacompile.index_expr import FALSE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
 from swacompile.passes.index_tensor import Unreadable, normal_axis, wrapped
+from swacompile.passes.rules.views import constants
+from swacompile.passes.smt import is_valid
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 
@@ -53,6 +55,23 @@ def _trilu(ops: Operands) -> Meaning:
     return Meaning(shape=data.shape, read=read)
 
 
-RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "trilu": _trilu}
+def _cumsum(ops: Operands) -> Meaning:
+    """The running sum of a tensor whose elements are all provably one number."""
+    data = ops.tensor(0)
+    axis = normal_axis(constants(ops.tensor(1))[0], data.rank)
+    if ops.integer("reverse", 0):
+        raise Unreadable("a running sum from the end")
+    first = 0 if ops.integer("exclusive", 0) else 1
 
-__all__ = ["RULES", "add"]
+    def read(indices: Index) -> Expr:
+        anywhere = index("i", data.shape[axis])
+        element = to_integer(data.at(*indices[:axis], anywhere, *indices[axis + 1 :]))
+        for number in (0, 1):
+            if is_valid(eq(element, integer(number))):
+                return mul(integer(number), add(indices[axis], integer(first)))
+        raise Unreadable("a running sum of elements that differ")
+
+    return Meaning(shape=data.shape, read=read)
+
+
+RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "trilu": _trilu, "cumsum": _cumsum}

@@ -6,7 +6,7 @@ map serves the formulas and the search for the tensors that an attention really 
 
 from collections.abc import Callable, Mapping
 
-from swacompile.index_expr import ONE, ZERO, Expr, Index, Sort, add, const_int, exact_div, floordiv, integer, ite, le, lt, mod, mul, product_of, sub
+from swacompile.index_expr import ONE, ZERO, Expr, Index, Sort, add, const_int, exact_div, floordiv, integer, ite, le, lt, mod, mul, product_of, size, sub
 from swacompile.index_expr import to_integer, to_real
 from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, clamp, normal_axis
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
@@ -225,6 +225,17 @@ def _alike(a: Expr, b: Expr) -> Expr:
     return to_real(a) if Sort.REAL in (a.sort, b.sort) else to_integer(a)
 
 
-RULES: Mapping[str, Rule] = {name: _viewing(view) for name, view in INDEX_MAPS.items()} | {"concat": _concat}
+def _reshaping(ops: Operands) -> Meaning:
+    """A reshape whose groups cannot be told still has the shape that it asks for."""
+    try:
+        return _viewing(_reshape)(ops)
+    except Unreadable:
+        target = list(ops.tensor(1).vector())
+        if not ops.integer("allowzero", 0):
+            target = [ops.tensor(0).shape[i] if const_int(extent) == 0 else extent for i, extent in enumerate(target)]
+        name = ops.node.outputs[0]
+        shape = tuple(size(f"{name}.{axis}") if const_int(extent) == -1 else extent for axis, extent in enumerate(target))
+        return Meaning(shape=shape, read=None)
 
-__all__ = ["INDEX_MAPS", "RULES", "IndexMap", "constants", "le"]
+
+RULES: Mapping[str, Rule] = {name: _viewing(view) for name, view in INDEX_MAPS.items()} | {"concat": _concat, "reshape": _reshaping}

@@ -1,0 +1,124 @@
+"""Formulas for the SMT solver: is there a cell where two conditions differ, for any sizes?"""
+
+from dataclasses import dataclass, field
+
+import z3
+
+from swacompile.attention import Axes, Witness
+from swacompile.index_expr import Expr, Op, Sort, walk
+
+TIMEOUT_MS = 10_000
+
+
+class Undecided(Exception):
+    """The solver found neither a proof nor a witness in its time."""
+
+
+class Untranslatable(Exception):
+    """The formula uses something that the solver is not asked about."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Translation:
+    """One question's formulas; `bounds` collects what the symbols' extents say."""
+
+    constants: dict[Expr, z3.ExprRef] = field(default_factory=dict)
+    bounds: list[z3.BoolRef] = field(default_factory=list)
+    done: dict[Expr, z3.ExprRef] = field(default_factory=dict)
+
+    def __call__(self, expr: Expr) -> z3.ExprRef:
+        if (known := self.done.get(expr)) is None:
+            known = self.done[expr] = self._translate(expr)
+        return known
+
+    def _translate(self, expr: Expr) -> z3.ExprRef:
+        if expr.op is Op.SYMBOL:
+            return self._symbol(expr)
+        args = [self(arg) for arg in expr.args]
+        match expr.op:
+            case Op.CONST if expr.sort is Sort.INT:
+                return z3.IntVal(expr.value)
+            case Op.CONST if expr.sort is Sort.BOOL:
+                return z3.BoolVal(expr.value)
+            case Op.SUM:
+                constant, coefficients = expr.value  # type: ignore[misc]
+                return z3.Sum([z3.IntVal(constant), *(c * arg for c, arg in zip(coefficients, args, strict=True))])
+            case Op.PRODUCT:
+                return z3.Product(args)
+            case Op.FLOORDIV | Op.MOD:
+                self.bounds.append(args[1] >= 1)
+                return args[0] / args[1] if expr.op is Op.FLOORDIV else args[0] % args[1]
+            case Op.LE0:
+                return args[0] <= 0
+            case Op.EQ0:
+                return args[0] == 0
+            case Op.AND:
+                return z3.And(args)
+            case Op.OR:
+                return z3.Or(args)
+            case Op.NOT:
+                return z3.Not(args[0])
+            case Op.ITE:
+                return z3.If(*args)
+            case Op.APPLY if expr.sort is not Sort.REAL:
+                result = z3.BoolSort() if expr.sort is Sort.BOOL else z3.IntSort()
+                return z3.Function(expr.name, *[z3.IntSort()] * len(args), result)(*args) if args else z3.Const(expr.name, result)
+        raise Untranslatable(f"{expr.op} of real numbers in the mask's condition: {expr}")
+
+    def _symbol(self, symbol: Expr) -> z3.ExprRef:
+        constant = self.constants[symbol] = z3.Int(symbol.name)
+        if symbol.args:
+            self.bounds += [constant >= 0, constant < self(symbol.args[0])]
+        else:
+            self.bounds.append(constant >= 1)
+        return constant
+
+
+def always_equal(a: Expr, b: Expr, axes: Axes) -> Witness | None:
+    """None if the conditions agree in every cell for all sizes, else a cell where they differ.
+
+    Raises Undecided, Untranslatable.
+    """
+    translate = Translation()
+    shown, claimed = translate(a), translate(b)
+    for symbol in (axes.batch, axes.head, axes.query, axes.key):
+        translate(symbol)
+    solver = z3.SolverFor("ALL")
+    solver.set("timeout", TIMEOUT_MS)
+    solver.add(*translate.bounds, shown != claimed)
+    verdict = solver.check()
+    if verdict == z3.unsat:
+        return None
+    if verdict == z3.unknown:
+        raise Undecided(solver.reason_unknown())
+    return _witness(solver.model(), translate, shown, axes)
+
+
+def _witness(model: z3.ModelRef, translate: Translation, shown: z3.ExprRef, axes: Axes) -> Witness:
+    def value(expr: Expr) -> int:
+        return int(model.eval(translate(expr), model_completion=True).as_long())
+
+    sizes = {symbol for symbol in translate.constants if not symbol.args}
+    return Witness(
+        batch=value(axes.batch), head=value(axes.head), query=value(axes.query), key=value(axes.key),
+        sizes=tuple(sorted((symbol.name, value(symbol)) for symbol in sizes)),
+        mask_shows=z3.is_true(model.eval(shown, model_completion=True)),
+    )  # fmt: skip
+
+
+def is_valid(condition: Expr) -> bool:
+    """Whether a condition holds for all values of its symbols. False also where the solver cannot tell."""
+    translate = Translation()
+    try:
+        claim = translate(condition)
+    except Untranslatable:
+        return False
+    solver = z3.Solver()
+    solver.set("timeout", TIMEOUT_MS)
+    solver.add(*translate.bounds, z3.Not(claim))
+    return bool(solver.check() == z3.unsat)
+
+
+def uses_data(expr: Expr) -> bool:
+    """Whether a formula depends on anything but indices and sizes."""
+    return any(node.op is Op.APPLY for node in walk(expr))
