@@ -1,0 +1,156 @@
+"""Put BandedAttention nodes into an ONNX model, and write the result without touching weights."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+from swacompile.attention import Layout, Operand
+from swacompile.errors import OutputError
+from swacompile.frontends.onnx import OnnxModel, external_tensors
+from swacompile.passes.plan_rewrite import Replacement, RunTimeOperand
+
+DOMAIN = "swacompile"
+SWAP_HEADS_AND_SEQUENCE = (0, 2, 1, 3)
+
+
+class Splicer:
+    """Edits one model in memory: adds nodes before an old one, then moves its uses over."""
+
+    def __init__(self, source: OnnxModel) -> None:
+        self.source = source
+        self.graph = source.model.graph
+        self.values = {str(value.name): value for value in self.graph.inputs} | {
+            str(value.name): value for node in self.graph for value in node.outputs
+        } | {str(name): value for name, value in self.graph.initializers.items()}  # fmt: skip
+        self._made = 0
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """All uses of `old`, its name and its type go to `new`."""
+        name = old.name
+        new.type, new.shape = old.type, old.shape
+        old.name = f"{name}_replaced"
+        new.name = name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+    def add(self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object] | None = None, domain: str = "") -> ir.Value:
+        """One more node with one output, before an existing one."""
+        self._made += 1
+        node = ir.node(op, inputs, attributes=attributes or {}, domain=domain, name=f"swacompile_{op}_{self._made}")  # type: ignore[arg-type]
+        self.graph.insert_before(before, node)
+        (output,) = node.outputs
+        output.name = f"swacompile_{op}_{self._made}_output"
+        return output
+
+    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+        """An initializer, shared by all who ask for this name."""
+        known = self.graph.initializers.get(f"swacompile_{name}")
+        if known is not None:
+            return known
+        value = ir.val(f"swacompile_{name}", const_value=ir.tensor(array, name=f"swacompile_{name}"))
+        value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+        self.graph.register_initializer(value)
+        return value
+
+    def operand(self, before: ir.Node, operand: Operand) -> ir.Value:
+        """A value of the source in (batch, heads, sequence, size) order."""
+        value = self.values[operand.value]
+        if operand.layout is Layout.BHSD:
+            return value
+        moved = self.add(before, "Transpose", [value], {"perm": list(SWAP_HEADS_AND_SEQUENCE)})
+        moved.type = value.type
+        if value.shape is not None:
+            moved.shape = ir.Shape([value.shape[axis] for axis in SWAP_HEADS_AND_SEQUENCE])
+        return moved
+
+    def run_time_operand(self, before: ir.Node, operand: RunTimeOperand, dtype: ir.DataType) -> ir.Value:
+        value = self.values[operand.value]
+        if value.dtype == dtype and not operand.nonzero:
+            return value
+        cast = self.add(before, "Cast", [value], {"to": int(dtype)})
+        cast.dtype, cast.shape = dtype, value.shape
+        return cast
+
+    def sinks(self, before: ir.Node, sinks: str | float, heads: int, dtype: np.dtype) -> ir.Value:
+        """Sink logits of shape (heads,)."""
+        if isinstance(sinks, float):
+            return self.constant(np.full(heads, sinks, dtype), f"sinks_{heads}_{sinks:g}_{dtype}")
+        value = self.values.get(sinks)
+        if value is None:
+            raise KeyError(sinks)
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+            head_axis = next(axis for axis, extent in enumerate(array.shape) if extent == heads)
+            row = array[tuple(slice(None) if axis == head_axis else 0 for axis in range(array.ndim))]
+            return self.constant(np.ascontiguousarray(row), f"sinks_{sinks}")
+        if value.shape is not None and len(value.shape) == 1:
+            return value
+        return self.add(before, "Reshape", [value, self.constant(np.asarray([-1]), "flat")])
+
+    def finish(self, functions: Iterable[ir.Function], opsets: dict[str, int]) -> None:
+        for function in functions:
+            self.source.model.functions[function.identifier()] = function
+        self.graph.opset_imports.update(opsets)
+        RemoveUnusedNodesPass()(self.source.model)
+        RemoveUnusedOpsetsPass()(self.source.model)
+
+
+def anchor(splicer: Splicer, replacement: Replacement) -> tuple[ir.Node, ir.Value]:
+    """The node that an attention ends in, and the value that is to be replaced."""
+    value = splicer.values[replacement.site.output]
+    node = value.producer()
+    assert node is not None
+    return node, value
+
+
+def merge_heads(splicer: Splicer, before: ir.Node, output: ir.Value) -> ir.Value:
+    """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""
+    shape = splicer.add(before, "Shape", [output])
+    tail = splicer.add(before, "Slice", [shape, splicer.constant(np.asarray([2]), "two"), splicer.constant(np.asarray([4]), "four")])
+    target = splicer.add(before, "Concat", [splicer.constant(np.asarray([-1]), "flat"), tail], {"axis": 0})
+    return splicer.add(before, "Reshape", [output, target])
+
+
+def save(source: OnnxModel, out: Path, *, force: bool) -> None:
+    """Write the model aside, then rename. External data is linked or copied beside the output where it is not there already.
+
+    Raises OutputError where the output exists and not `force`, or cannot be written; nothing is left half-written.
+    """
+    refuse_existing(out, force=force)
+    if out.exists() and out.samefile(source.path):
+        raise OutputError(f"{out}: the output is the model itself. Give another path.")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: the folder {out.parent} does not exist. Create it first.")
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+            _carry_data(source, out.parent, Path(aside), force=force)
+            ir.save(source.model, Path(aside) / out.name)
+            os.replace(Path(aside) / out.name, out)
+    except OSError as error:
+        raise OutputError(f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path.") from error
+
+
+def refuse_existing(out: Path, *, force: bool) -> None:
+    if out.exists() and not force:
+        raise OutputError(f"{out}: expected a path that does not exist yet. Give another, or --force to replace it.")
+
+
+def _carry_data(source: OnnxModel, folder: Path, aside: Path, *, force: bool) -> None:
+    """Give the output's folder the data files that the model names."""
+    for location in sorted({str(tensor.location) for tensor in external_tensors(source.model)}):
+        data, target = source.path.parent / location, folder / location
+        if target.exists() and target.samefile(data):
+            continue
+        refuse_existing(target, force=force)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = aside / f"data{len(list(aside.iterdir()))}"
+        try:
+            os.link(data.resolve(), temporary)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(data, temporary)
+        os.replace(temporary, target)
