@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from swacompile.attention import Attention, BandProof, Finding, Kind, Refutation, Witness
-from swacompile.band import BandMask, spellings
+from swacompile.band import Alignment, BandMask, spellings
 from swacompile.passes.plan_rewrite import Replacement
 
 FORMAT_VERSION = 1
 REASONS_PAGE = "docs/reasons.md"
+COLUMNS = ("#", "node", "heads", "size", "scale", "mask", "kind", "band", "proof")
 
 
 def as_json(model: str, findings: Sequence[Finding]) -> dict[str, object]:
@@ -61,16 +63,19 @@ def _witness(witness: Witness) -> dict[str, object]:
 
 
 def print_findings(console: Console, model: str, findings: Sequence[Finding]) -> None:
-    """A row an attention; refusals below, in words."""
-    table = Table(title=f"{model}: {len(findings)} attention{'s' * (len(findings) != 1)}", title_justify="left", show_edge=False)
-    for column in ("#", "node", "heads", "size", "scale", "mask", "kind", "(left, right)", "in other words", "proof"):
+    """A row an attention; below, each band in other tools' words and each refusal in full."""
+    table = Table(title=f"{model}: {len(findings)} attention{'s' * (len(findings) != 1)}", title_justify="left", box=SIMPLE)
+    for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for number, finding in enumerate(findings):
         table.add_row(str(number), *_row(finding))
     console.print(table)
+    for band in dict.fromkeys(f.verdict.mask for f in findings if isinstance(f.verdict, BandProof) and f.verdict.kind is not Kind.FULL):
+        words = "; ".join(f"{name}: {text}" for name, text in spellings(band).items() if text)
+        console.print(f"band {_band(band)} is {words}", markup=False, highlight=False, soft_wrap=True)
     for number, finding in enumerate(findings):
         if isinstance(finding.verdict, Refutation):
-            console.print(f"#{number} {explain(finding.verdict)}", markup=False, soft_wrap=True)
+            console.print(f"#{number} {explain(finding.verdict)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _row(finding: Finding) -> tuple[str, ...]:
@@ -80,13 +85,16 @@ def _row(finding: Finding) -> tuple[str, ...]:
         finding.node,
         f"{site.heads}/{site.kv_heads}" if site else "?",
         _size(site) if site else "?",
-        f"{site.scale:.4g}" + (f" softcap {site.softcap:g}" if site.softcap else "") if site else "?",
+        f"{site.scale:.4g}" if site else "?",
         _mask(site, verdict) if site else "?",
         str(verdict.kind),
-        str(band) + (" bottom-right" if band.alignment == "bottom_right" else "") if band else "-",
-        _in_other_words(band) if band and verdict.kind is Kind.SLIDING else "-",
+        _band(band) if band else "-",
         _proof(verdict) if isinstance(verdict, BandProof) else f"none: {verdict.code}",
     )
+
+
+def _band(band: BandMask) -> str:
+    return str(band) + (" bottom-right" if band.alignment is Alignment.BOTTOM_RIGHT else "")
 
 
 def _size(site: Attention) -> str:
@@ -96,11 +104,8 @@ def _size(site: Attention) -> str:
 
 def _mask(site: Attention, verdict: BandProof | Refutation) -> str:
     extras = [str(residual.kind) for residual in verdict.residuals] if isinstance(verdict, BandProof) else []
-    return " + ".join([site.mask_form, *extras, *(["sinks"] if site.sinks is not None else [])])
-
-
-def _in_other_words(band: BandMask) -> str:
-    return "\n".join(f"{name}: {text}" for name, text in spellings(band).items() if text)
+    capped = [f"softcap {site.softcap:g}"] if site.softcap else []
+    return " + ".join([site.mask_form, *extras, *capped, *(["sinks"] if site.sinks is not None else [])])
 
 
 def _proof(proof: BandProof) -> str:

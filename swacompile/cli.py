@@ -1,0 +1,127 @@
+"""The command line. Every command is a thin layer over one Python function of the same name."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from swacompile import pipeline
+from swacompile.attention import BandProof, Kind
+from swacompile.errors import SwacompileError
+from swacompile.pipeline import Emit
+from swacompile.report.findings import as_json, explain, print_findings, print_outcomes
+
+NOTHING_DONE = 1
+BAD_INPUT = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+WIDE = 150  # columns where stdout is a file or a pipe
+
+out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model: .onnx (weights inside or in external data files), or .pt2.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON document instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+Global = Annotated[bool, typer.Option("--global", help="Replace attention without a window too.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every decision to stderr.")]
+
+
+@app.callback()
+def _main(verbose: Verbose = False) -> None:
+    """Find sliding-window attention in exported models, prove it, and run it with banded kernels.
+
+    Exit codes: 0 done, 1 nothing to do or all refused, 2 bad input.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def inspect(model: Model, as_document: Json = False) -> None:
+    """List every attention of a model with its window and the proof, or the reason why there is none.
+
+    Example: `swacompile inspect mistral.onnx`
+    """
+    with err.status(f"reading {model.name}"):
+        inspection = pipeline.inspect(model)
+    if as_document:
+        _print_json(as_json(str(model), inspection.findings))
+    else:
+        print_findings(out, str(model), inspection.findings)
+    windowed = [f for f in inspection.findings if isinstance(f.verdict, BandProof) and f.verdict.kind is not Kind.FULL]
+    raise typer.Exit(0 if windowed else NOTHING_DONE)
+
+
+@app.command()
+def rewrite(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model to write.")],
+    emit: Annotated[Emit, typer.Option(help="What to put in: our operator with a portable body, the standard Attention, or ORT's GroupQueryAttention.")] = Emit.BANDED,
+    full: Global = False,
+    force: Force = False,
+    as_document: Json = False,
+) -> None:
+    """Write the model with every proven sliding-window attention replaced. The source is not changed.
+
+    Example: `swacompile rewrite mistral.onnx -o mistral.banded.onnx`
+    """
+    with err.status(f"rewriting {model.name}"):
+        done = pipeline.rewrite(model, output, emit=emit, full=full, force=force)
+    if as_document:
+        _print_json(_rewrite_document(done))
+    else:
+        print_outcomes(out, done.outcomes)
+        out.print(f"wrote {done.out}: {len(done.replaced)} attentions replaced" if done.out else "nothing to replace, nothing written", soft_wrap=True)
+    raise typer.Exit(0 if done.replaced else NOTHING_DONE)
+
+
+@app.command(name="compile")
+def compile_(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    full: Global = False,
+    force: Force = False,
+    as_document: Json = False,
+) -> None:
+    """Write a folder with the rewritten model and a kernel library for this machine's CPU; `swacompile.load` runs it.
+
+    Example: `swacompile compile mistral.onnx -o mistral.swa`
+    """
+    with err.status(f"compiling {model.name}") as status:
+        done = pipeline.compile(model, output, full=full, force=force, progress=lambda step: status.update(step))
+    if as_document:
+        _print_json(_rewrite_document(done.rewrite) | {"artifact": str(done.rewrite.out and output), "manifest": done.manifest_document()})
+    else:
+        print_outcomes(out, done.rewrite.outcomes)
+        out.print(done.summary(), soft_wrap=True)
+    raise typer.Exit(0 if done.rewrite.replaced else NOTHING_DONE)
+
+
+def _rewrite_document(done: pipeline.Rewrite) -> dict[str, Any]:
+    return {
+        "format_version": 1,
+        "model": str(done.model),
+        "output": str(done.out) if done.out else None,
+        "replaced": [outcome.site.node for outcome in done.replaced],
+        "kept": [
+            {"node": outcome.node, "code": outcome.code, "reason": explain(outcome)}
+            for outcome in done.outcomes
+            if outcome not in done.replaced and hasattr(outcome, "code")
+        ],
+    }
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def main() -> None:
+    """Entry point: a user's mistake becomes one message on stderr and exit code 2."""
+    try:
+        app()
+    except SwacompileError as error:
+        err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(BAD_INPUT)
