@@ -1,17 +1,23 @@
 """The compiler, one call a step: read, find, prove, plan, splice, build. Start reading here."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from swacompile.artifact import Manifest
 from swacompile.attention import Attention, Finding, Refutation
 from swacompile.errors import ModelError
 from swacompile.frontends.onnx import OnnxModel
+from swacompile.kernels.build import KernelVariant
 from swacompile.passes.detect_attention import detect_attention
 from swacompile.passes.plan_rewrite import Replacement, plan_rewrite
 from swacompile.passes.prove_band import Prover
 from swacompile.passes.read_masks import Reading, read_masks
+from swacompile.report.findings import as_json
+from swacompile.target import Target, host_targets
+from swacompile.workload import DType
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,14 @@ class Rewrite:
         return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Replacement))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What a compile did; `manifest` is None where nothing was replaced and nothing written."""
+
+    rewrite: Rewrite
+    manifest: Manifest | None
+
+
 def inspect(model: Path) -> Inspection:
     """Find the attentions of an exported model and prove their windows. Nothing is changed.
 
@@ -61,19 +75,69 @@ def rewrite(model: Path, out: Path, *, emit: Emit = Emit.BANDED, full: bool = Fa
     The source is never changed; an existing output is replaced only with `force`. Raises ModelError, OutputError.
     """
     from swacompile.frontends.onnx_splice import refuse_existing, save
-    from swacompile.frontends.onnx_emit import splice
+    from swacompile.frontends.onnx_emit import splice_banded
 
     refuse_existing(out, force=force)
     source = read(model)
     reading = read_masks(source.graph)
     findings = find(reading)
     outcomes = plan_rewrite(reading, findings, full=full)
-    outcomes = splice(source, outcomes, emit)
+    outcomes = splice_banded(source, outcomes)
     done = Rewrite(model=model, out=out, outcomes=outcomes)
     if not done.replaced:
         return Rewrite(model=model, out=None, outcomes=outcomes)
     save(source, out, force=force)
     return done
+
+
+def compile(  # noqa: A001  the public name of the step
+    model: Path, out: Path, *, targets: Sequence[Target] = (), full: bool = False, force: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Compiled:
+    """Write a folder with the rewritten model, a kernel library and a manifest; nothing where no attention is replaced.
+
+    `targets` are the instruction sets that the library holds, the best of this machine by default; `progress` hears of each step.
+    Raises ModelError, OutputError, TargetError, ToolchainError.
+    """
+    from swacompile import artifact
+    from swacompile.frontends.onnx_emit import splice_banded
+    from swacompile.frontends.onnx_splice import save
+
+    targets = tuple(targets) or host_targets()[:1]
+    with artifact.new_folder(out, force=force) as folder:
+        progress(f"reading {model.name}")
+        source = read(model)
+        reading = read_masks(source.graph)
+        progress("proving masks")
+        findings = find(reading)
+        outcomes = splice_banded(source, plan_rewrite(reading, findings, full=full))
+        done = Rewrite(model=model, out=out, outcomes=outcomes)
+        if not done.replaced:
+            raise artifact.Abandoned
+        save(source, folder / artifact.MODEL, force=False)
+        variants = kernel_variants(done.replaced)
+        progress(f"building {len(variants)} kernels for {', '.join(target.name for target in targets)}")
+        build_library(variants, targets, folder / artifact.LIBRARY)
+        manifest = artifact.Manifest(
+            source=model.name, replaced=tuple(r.site.node for r in done.replaced), targets=tuple(target.name for target in targets),
+            kernels=tuple(variant.function_name(target) for target in targets for variant in variants),
+            report=as_json(model.name, findings), versions=artifact.versions(),
+            hashes={name: artifact.file_hash(folder / name) for name in (artifact.MODEL, artifact.LIBRARY)},
+        )  # fmt: skip
+        artifact.write_manifest(folder, manifest)
+        return Compiled(rewrite=done, manifest=manifest)
+    return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None)
+
+
+def kernel_variants(replaced: Sequence[Replacement]) -> tuple[KernelVariant, ...]:
+    """The kernels that these attentions need, in a stable order."""
+    short = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
+    needed = {(r.site.dtype, r.site.head_size or 0, r.site.value_head_size or 0) for r in replaced}
+    return tuple(KernelVariant(dtype=short[dtype], head_size=size, value_size=value) for dtype, size, value in sorted(needed))
+
+
+def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path) -> None:
+    """Build the kernels for every target and link them into an ONNX Runtime library. Raises TargetError, ToolchainError."""
+    raise NotImplementedError
 
 
 def read(model: Path) -> OnnxModel:

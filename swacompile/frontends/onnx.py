@@ -75,9 +75,28 @@ def _load(path: Path) -> ir.Model:
     except Exception as error:
         raise ModelError(f"{path}: expected an ONNX model, found {path.stat().st_size} bytes that do not parse as one ({_first_line(error)}). "
                          "The file is damaged, truncated, or of another format; export it again.") from error  # fmt: skip
-    if not model.opset_imports or not len(model.graph):
-        raise ModelError(f"{path}: expected an ONNX model, found one without nodes or opset. The file is damaged or of another format.")
+    if not model.opset_imports or not len(model.graph) or not model.graph.outputs:
+        raise ModelError(f"{path}: expected an ONNX model, found one without nodes, outputs or opset. The file is damaged or of another format.")
+    _check_nodes(path, model)
     return model
+
+
+def _check_nodes(path: Path, model: ir.Model) -> None:
+    """Every operator of the standard domain exists, every value comes from somewhere."""
+    import onnx
+
+    known = {value for value in model.graph.inputs} | set(model.graph.initializers.values())
+    for node in model.graph:
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            raise ModelError(f"{path}: node {node.name!r} has operator {node.op_type!r}, which the standard does not know. Operators of your own "
+                             "belong in a domain of their own.")  # fmt: skip
+        for value in node.inputs:
+            if value is not None and value.producer() is None and value not in known:
+                raise ModelError(f"{path}: node {node.name!r} ({node.op_type}) reads {value.name!r}, which nothing produces. The file is damaged "
+                                 "or truncated; export it again.")  # fmt: skip
+    for output in model.graph.outputs:
+        if output.producer() is None and output not in known:
+            raise ModelError(f"{path}: nothing produces the model's output {output.name!r}. The file is damaged or truncated; export it again.")
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from swacompile.attention import Layout, Operand
 from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
-from swacompile.passes.plan_rewrite import Replacement, RunTimeOperand
+from swacompile.passes.plan_rewrite import RunTimeOperand
 
 DOMAIN = "swacompile"
 SWAP_HEADS_AND_SEQUENCE = (0, 2, 1, 3)
@@ -92,28 +92,19 @@ class Splicer:
             return value
         return self.add(before, "Reshape", [value, self.constant(np.asarray([-1]), "flat")])
 
+    def merge_heads(self, before: ir.Node, output: ir.Value) -> ir.Value:
+        """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""
+        shape = self.add(before, "Shape", [output])
+        tail = self.add(before, "Slice", [shape, self.constant(np.asarray([2]), "two"), self.constant(np.asarray([4]), "four")])
+        target = self.add(before, "Concat", [self.constant(np.asarray([-1]), "flat"), tail], {"axis": 0})
+        return self.add(before, "Reshape", [output, target])
+
     def finish(self, functions: Iterable[ir.Function], opsets: dict[str, int]) -> None:
         for function in functions:
             self.source.model.functions[function.identifier()] = function
         self.graph.opset_imports.update(opsets)
         RemoveUnusedNodesPass()(self.source.model)
         RemoveUnusedOpsetsPass()(self.source.model)
-
-
-def anchor(splicer: Splicer, replacement: Replacement) -> tuple[ir.Node, ir.Value]:
-    """The node that an attention ends in, and the value that is to be replaced."""
-    value = splicer.values[replacement.site.output]
-    node = value.producer()
-    assert node is not None
-    return node, value
-
-
-def merge_heads(splicer: Splicer, before: ir.Node, output: ir.Value) -> ir.Value:
-    """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""
-    shape = splicer.add(before, "Shape", [output])
-    tail = splicer.add(before, "Slice", [shape, splicer.constant(np.asarray([2]), "two"), splicer.constant(np.asarray([4]), "four")])
-    target = splicer.add(before, "Concat", [splicer.constant(np.asarray([-1]), "flat"), tail], {"axis": 0})
-    return splicer.add(before, "Reshape", [output, target])
 
 
 def save(source: OnnxModel, out: Path, *, force: bool) -> None:

@@ -1,0 +1,5 @@
+"""`python -m swacompile` is the command `swacompile`."""
+
+from swacompile.cli import main
+
+main()

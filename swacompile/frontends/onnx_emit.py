@@ -1,0 +1,118 @@
+"""What takes an attention's place in an ONNX model: our operator, the standard Attention, or ONNX Runtime's GroupQueryAttention."""
+
+import numpy as np
+import onnx_ir as ir
+
+from swacompile.attention import Kind, Refutation
+from swacompile.frontends.onnx import OnnxModel
+from swacompile.frontends.onnx_splice import Splicer
+from swacompile.kernels.onnx_function import DOMAIN, INPUTS, NAME, VERSION, Body, Optional, banded_attention_function
+from swacompile.passes.plan_rewrite import Replacement
+
+ELEM_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+def splice_banded(source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...]) -> tuple[Replacement | Refutation, ...]:
+    """Put a BandedAttention in the place of every Replacement, and its function into the model. Gives the outcomes as they then are.
+
+    One function serves the whole model, so kind and data type follow the first replacement; sites that differ are kept.
+    """
+    outcomes = _alike(outcomes)
+    replaced = [outcome for outcome in outcomes if isinstance(outcome, Replacement)]
+    if not replaced:
+        return outcomes
+    body = Body(
+        opset=source.opset,
+        elem_type=int(ELEM_TYPES[replaced[0].site.dtype]),
+        uses=frozenset(use for replacement in replaced for use in _uses(replacement)),
+        alignment=str(replaced[0].proof.mask.alignment),
+        kind="zeroed" if replaced[0].proof.kind is Kind.ZEROED else "hidden",
+    )
+    splicer = Splicer(source)
+    for replacement in replaced:
+        _splice(splicer, replacement, body)
+    function = ir.from_proto(banded_attention_function(body))
+    assert isinstance(function, ir.Function)
+    splicer.finish([function], {DOMAIN: VERSION})
+    return outcomes
+
+
+def _alike(outcomes: tuple[Replacement | Refutation, ...]) -> tuple[Replacement | Refutation, ...]:
+    """Refuses the sites that one function body cannot serve together with the first."""
+    first = next((outcome for outcome in outcomes if isinstance(outcome, Replacement)), None)
+
+    def checked(outcome: Replacement | Refutation) -> Replacement | Refutation:
+        if isinstance(outcome, Refutation) or first is None or _common(outcome) == _common(first):
+            return outcome
+        return Refutation(
+            code="mixed-sites", node=outcome.site.node, kind=outcome.proof.kind, band=outcome.proof.mask,
+            reason=f"expected kind, data type and alignment {_common(first)} as in {first.site.node}, found {_common(outcome)}: one function "
+                   "serves all nodes of a model",
+        )  # fmt: skip
+
+    return tuple(checked(outcome) for outcome in outcomes)
+
+
+def _common(replacement: Replacement) -> tuple[str, str, str]:
+    mask = replacement.proof.mask
+    return (str(replacement.proof.kind is Kind.ZEROED), replacement.site.dtype, str(mask.alignment))
+
+
+def _uses(replacement: Replacement) -> set[Optional]:
+    present = {
+        Optional.KEY_PADDING: replacement.key_padding,
+        Optional.SEGMENTS: replacement.segments,
+        Optional.SINKS: replacement.site.sinks,
+        Optional.SOFTCAP: replacement.site.softcap,
+    }
+    return {use for use, operand in present.items() if operand is not None}
+
+
+def _splice(splicer: Splicer, replacement: Replacement, body: Body) -> None:
+    site = replacement.site
+    old = splicer.values[site.output]
+    before = old.producer()
+    assert before is not None
+    node_inputs: list[ir.Value | None] = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
+    node_inputs += [_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(node_inputs) :]]
+    output = splicer.add(before, NAME, node_inputs, _attributes(replacement, body), domain=DOMAIN)
+    output.dtype = ELEM_TYPES[site.dtype]
+    if site.merged_output:
+        output = splicer.merge_heads(before, output)
+    splicer.replace(old, output)
+
+
+def _optional_input(splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body, name: str) -> ir.Value | None:
+    """The operand, the neutral constant where only other nodes of the model use it, or nothing where none does."""
+    site = replacement.site
+    dtype = np.dtype(site.dtype)
+    if name not in body.uses:
+        return None
+    match Optional(name):
+        case Optional.KEY_PADDING:
+            if replacement.key_padding is None:
+                return splicer.constant(np.ones((1, 1), np.bool_), "no_padding")
+            return splicer.run_time_operand(before, replacement.key_padding, ir.DataType.BOOL)
+        case Optional.SEGMENTS:
+            if replacement.segments is None:
+                return splicer.constant(np.zeros((1, 1), np.int64), "no_segments")
+            return splicer.run_time_operand(before, replacement.segments, ir.DataType.INT64)
+        case Optional.SINKS:
+            return splicer.sinks(before, -np.inf if site.sinks is None else site.sinks, site.heads, dtype)
+        case _:
+            raise AssertionError(f"no operand {name}; inputs are {INPUTS}")
+
+
+def _attributes(replacement: Replacement, body: Body) -> dict[str, object]:
+    site = replacement.site
+    return {
+        "layout": body.layout,
+        "scale": float(site.scale),
+        "softcap": float(site.softcap or 0.0),
+        "left_window_size": replacement.left_window_size,
+        "right_window_size": replacement.right_window_size,
+        "alignment": str(replacement.proof.mask.alignment),
+        "chunk_size": 0,
+        "kind": body.kind,
+    }
+

@@ -1,0 +1,44 @@
+"""What several test files share."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from swacompile import cli
+
+
+@dataclass(frozen=True, slots=True)
+class CliResult:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., CliResult]:
+    """Runs the command line in this process."""
+
+    def run(*args: object) -> CliResult:
+        monkeypatch.setattr(sys, "argv", ["swacompile", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capfd.readouterr()
+        return CliResult(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of exported models: the full one where SWACOMPILE_CORPUS names it, else the subset kept with the tests."""
+    return corpus_folder()
+
+
+def corpus_folder() -> Path:
+    named = os.environ.get("SWACOMPILE_CORPUS")
+    return Path(named) if named else Path(__file__).parent / "data" / "corpus"
