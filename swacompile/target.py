@@ -22,11 +22,12 @@ class TargetClass(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuLimits:
-    """What a CPU schedule needs to know. Cache sizes are the smallest of the machines that the row stands for."""
+    """What a CPU schedule needs to know. `converts_f16`: there are instructions between float16 and float32. Cache sizes are the smallest of the machines that the row stands for."""
 
     vector_bits: int
     vector_registers: int
     has_fma: bool
+    converts_f16: bool
     l1_bytes: int = 32 * 1024
     l2_bytes: int = 512 * 1024
 
@@ -78,7 +79,7 @@ TARGETS: tuple[Target, ...] = (
         tvm_json='{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v4", "mattr": ["-prefer-256-bit"]}',
         machine="x86_64",
         flags=_V4_FLAGS,
-        cpu=CpuLimits(vector_bits=512, vector_registers=32, has_fma=True, l2_bytes=1024 * 1024),
+        cpu=CpuLimits(vector_bits=512, vector_registers=32, has_fma=True, converts_f16=True, l2_bytes=1024 * 1024),
     ),
     Target(
         name="x86_64_v3",
@@ -87,7 +88,7 @@ TARGETS: tuple[Target, ...] = (
         tvm_json='{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3"}',
         machine="x86_64",
         flags=_V3_FLAGS,
-        cpu=CpuLimits(vector_bits=256, vector_registers=16, has_fma=True, l2_bytes=256 * 1024),
+        cpu=CpuLimits(vector_bits=256, vector_registers=16, has_fma=True, converts_f16=True, l2_bytes=256 * 1024),
     ),
     Target(
         name="x86_64_v2",
@@ -96,7 +97,7 @@ TARGETS: tuple[Target, ...] = (
         tvm_json='{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v2"}',
         machine="x86_64",
         flags=_V2_FLAGS,
-        cpu=CpuLimits(vector_bits=128, vector_registers=16, has_fma=False, l2_bytes=256 * 1024),
+        cpu=CpuLimits(vector_bits=128, vector_registers=16, has_fma=False, converts_f16=False, l2_bytes=256 * 1024),
     ),
     Target(
         name="aarch64_neon",
@@ -104,7 +105,7 @@ TARGETS: tuple[Target, ...] = (
         description="64-bit Arm with NEON",
         tvm_json='{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"]}',
         machine="aarch64",
-        cpu=CpuLimits(vector_bits=128, vector_registers=32, has_fma=True),
+        cpu=CpuLimits(vector_bits=128, vector_registers=32, has_fma=True, converts_f16=True),
     ),
 )
 
