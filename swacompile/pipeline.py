@@ -1,6 +1,7 @@
 """The compiler, one call a step: read, find, prove, plan, splice, build. Start reading here."""
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -137,7 +138,15 @@ def kernel_variants(replaced: Sequence[Replacement]) -> tuple[KernelVariant, ...
 
 def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path) -> None:
     """Build the kernels for every target and link them into an ONNX Runtime library. Raises TargetError, ToolchainError."""
-    raise NotImplementedError
+    from swacompile.kernels.build import build_cpu_object
+    from swacompile.runtime.ort_library import LibraryKernel, build_ort_library
+
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [Path(folder, f"{target.name}.o") for target in targets]
+        for target, path in zip(targets, objects, strict=True):
+            build_cpu_object(variants, target, path)
+        kernels = [LibraryKernel(variant=variant, target=target) for target in targets for variant in variants]
+        build_ort_library(objects, kernels, out)
 
 
 def read(model: Path) -> OnnxModel:
