@@ -93,10 +93,11 @@ def compile_(
     with err.status(f"compiling {model.name}") as status:
         done = pipeline.compile(model, output, full=full, force=force, progress=lambda step: status.update(step))
     if as_document:
-        _print_json(_rewrite_document(done.rewrite) | {"artifact": str(done.rewrite.out and output), "manifest": done.manifest_document()})
+        _print_json(_rewrite_document(done.rewrite) | {"manifest": done.manifest.document() if done.manifest else None})
     else:
         print_outcomes(out, done.rewrite.outcomes)
-        out.print(done.summary(), soft_wrap=True)
+        kernels = ", ".join(done.manifest.kernels) if done.manifest else ""
+        out.print(f"wrote {output}: kernels {kernels}" if done.manifest else "nothing to replace, nothing written", soft_wrap=True)
     raise typer.Exit(0 if done.rewrite.replaced else NOTHING_DONE)
 
 
