@@ -22,9 +22,9 @@ class Elements:
 
     def load_at(self, buffer: Buffer, *index: Expr) -> Expr:
         """Elements at indices, of which the last may be a vector, as float32."""
-        raw = let(buffer[index])
+        raw = buffer[index]
         if self.dtype is DType.F32:
-            return raw
+            return let(raw)
         if self.dtype is DType.F16 and self.converts_f16:
             return let(tirx.Cast(_like(raw, "float32"), raw))
         bits = let(tirx.Cast(_like(raw, "uint32"), tirx.reinterpret(_like(raw, "uint16"), raw)))
