@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from swacompile import cli
+from swacompile import cli, pipeline
+from swacompile.kernels.build import KernelVariant
+from swacompile.runtime.ort_library import call_count
+from swacompile.target import host_targets
+from swacompile.workload import DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,22 @@ def corpus() -> Path:
 def corpus_folder() -> Path:
     named = os.environ.get("SWACOMPILE_CORPUS")
     return Path(named) if named else Path(__file__).parent / "data" / "corpus"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """An ONNX Runtime library with kernels for this machine."""
+
+    path: Path
+
+    def calls(self) -> int:
+        return call_count(self.path)
+
+
+@pytest.fixture(scope="session")
+def cpu_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Kernels for the corpus' head size, float32 and float16."""
+    path = tmp_path_factory.mktemp("library") / "libswacompile_ort.so"
+    variants = [KernelVariant(dtype=dtype, head_size=8, value_size=8) for dtype in (DType.F32, DType.F16)]
+    pipeline.build_library(variants, host_targets()[:1], path)
+    return Library(path)
