@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from swacompile.graph import FLOATS
 from swacompile.index_expr import ONE, ZERO, Expr, Index, Op, Sort, add, apply, at_least, const_int, index, integer, ite, le, maximum, minimum
-from swacompile.index_expr import neg, sub, substitute_atom, transform, walk
+from swacompile.index_expr import neg, real, rounded, sub, substitute_atom, to_real, transform, walk, wrap
 
 MAX_DEPTH = 200  # A mask needs a few dozen operations; past this the element is run-time data.
 
@@ -14,10 +16,48 @@ class Unreadable(Exception):
     """A rule met something that it has no meaning for. The value then counts as run-time data."""
 
 
+# Bits and sign of the integer types.
+INTEGERS = {f"{sign}int{bits}": (bits, sign == "") for bits in (4, 8, 16, 32, 64) for sign in ("", "u")}
+# The magnitude up to which a floating-point type keeps every integer.
+EXACT_UP_TO = {"bfloat16": 1 << 8, "float16": 1 << 11, "float32": 1 << 24, "float64": 1 << 53}
+
+
 def sort_of(dtype: str) -> Sort:
+    """Integers and booleans are reasoned about; all else (floats of any width, strings) counts as real numbers."""
     if dtype == "bool":
         return Sort.BOOL
-    return Sort.REAL if dtype in FLOATS else Sort.INT
+    return Sort.INT if dtype in INTEGERS else Sort.REAL
+
+
+def kept(element: Expr, dtype: str) -> Expr:
+    """The element as its data type keeps it: integers wrap around, real numbers are rounded.
+
+    Raises Unreadable where an integer has become a number of a type whose precision is not known.
+    """
+    if element.op is Op.ITE:
+        condition, *branches = element.args
+        return ite(condition, *(kept(branch, dtype) for branch in branches))
+    if element.sort is Sort.INT and dtype in INTEGERS:
+        return wrap(element, *INTEGERS[dtype])
+    if element.op is Op.TO_REAL:
+        if dtype not in EXACT_UP_TO:
+            raise Unreadable(f"an integer as {dtype}")
+        return to_real(rounded(element.args[0], EXACT_UP_TO[dtype]))
+    if element.is_const and element.sort is Sort.REAL and dtype in FLOATS:
+        return real(float_kept(float(element.value), dtype))  # type: ignore[arg-type]
+    return element
+
+
+def float_kept(value: float, dtype: str) -> float:
+    """A number as a floating-point type keeps it."""
+    with np.errstate(over="ignore"):
+        if dtype != "bfloat16":
+            return float(np.dtype(dtype).type(value))
+        bits = int(np.float32(value).view(np.uint32))
+    if not np.isfinite(value):
+        return value
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to nearest, ties to even
+    return float(np.uint32(bits).view(np.float32))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -155,19 +195,16 @@ def normal_axis(axis: int, rank: int) -> int:
 
 def clamp(position: Expr, extent: Expr) -> Expr:
     """A slice bound brought into [0, extent]; negative positions count from the end."""
-    if (value := const_int(position)) is not None:
-        if value >= 2**31 - 1:
-            return extent
-        if value <= -(2**31) + 1:
-            return ZERO
-        if value < 0:
-            return maximum(add(position, extent), ZERO)
-        return minimum(position, extent)
-    return minimum(position, extent) if not _negative_size(position) else maximum(add(position, extent), ZERO)
-
-
-def _negative_size(position: Expr) -> bool:
-    return at_least(neg(position), 1)
+    value = const_int(position)
+    if value is not None and value >= 2**31 - 1:
+        return extent
+    if value is not None and value <= -(2**31) + 1:
+        return ZERO
+    from_start = minimum(position, extent)
+    if at_least(position, 0):
+        return from_start
+    from_end = maximum(add(position, extent), ZERO)
+    return from_end if at_least(neg(position), 1) else ite(le(ZERO, position), from_start, from_end)
 
 
 def wrapped(position: Expr, extent: Expr) -> Expr:

@@ -2,8 +2,11 @@
 
 An Expr is an immutable expression of one of three sorts. Integers are kept as polynomials (a constant plus coefficients times
 products of atoms), comparisons as `polynomial <= 0` and `polynomial == 0`, so that the many spellings of one mask meet in one form.
-Symbols carry bounds: an index i of an axis of extent n has 0 <= i < n, a size has n >= 1. The constructors fold what these
+Symbols carry bounds: an index i of an axis of extent n has 0 <= i < n, a size has n >= 0. The constructors fold what these
 bounds decide; they never guess.
+
+Machine numbers are not the integers: WRAP is an integer as a type of so many bits keeps it, ROUND an integer as a floating-point type
+keeps it. Both vanish where no value that the indices can take is out of range, for sizes up to MAX_SIZE.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import reduce
-from math import isfinite, tanh
+from math import floor, isfinite, isnan, tanh
 
 
 class Sort(StrEnum):
@@ -28,6 +31,8 @@ class Op(StrEnum):
     PRODUCT = "product"
     FLOORDIV = "floordiv"
     MOD = "mod"
+    WRAP = "wrap"  # value: (bits, signed)
+    ROUND = "round"  # value: the largest magnitude up to which every integer is kept
     LE0 = "le0"  # args[0] <= 0
     EQ0 = "eq0"
     AND = "and"
@@ -78,6 +83,9 @@ class Expr:
 
 Index = tuple[Expr, ...]
 
+MAX_SIZE = 2**31 - 1  # No tensor has a longer axis. Overflow is judged for sizes up to here.
+MAX_DATA = 2**62  # Integers in run-time data (positions, lengths, labels) are taken to be smaller than this.
+
 
 # ---------------------------------------------------------------------------------------------------------- leaves
 
@@ -99,7 +107,7 @@ TRUE, FALSE = boolean(True), boolean(False)
 
 
 def size(name: str) -> Expr:
-    """A size known only at run time, at least 1."""
+    """A size known only at run time, at least 0: a cache may be empty."""
     return Expr(Op.SYMBOL, Sort.INT, (), name)
 
 
@@ -232,9 +240,18 @@ def _split_multiples(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     return quotient, rest
 
 
+def divides_safely(b: Expr) -> bool:
+    """Whether b is positive wherever a model may divide by it.
+
+    A product of sizes is: were one of them 0, the tensor would have no elements, or the division would have no result.
+    """
+    factors_of_sizes = all(c > 0 and all(atom.op is Op.SYMBOL and not atom.args for atom in m) for m, c in _poly(b).items())
+    return at_least(b, 1) or (factors_of_sizes and b != ZERO)
+
+
 def floordiv(a: Expr, b: Expr) -> Expr:
     """Floor of a / b for b >= 1. A divisor that is not known to be positive stays symbolic."""
-    if not at_least(b, 1):
+    if not divides_safely(b):
         return Expr(Op.FLOORDIV, Sort.INT, (a, b))
     quotient, rest = _split_multiples(a, b)
     if at_least(rest, 0) and at_least(sub(b, rest), 1):
@@ -244,7 +261,7 @@ def floordiv(a: Expr, b: Expr) -> Expr:
 
 def mod(a: Expr, b: Expr) -> Expr:
     """a - b * floor(a / b)."""
-    if not at_least(b, 1):
+    if not divides_safely(b):
         return Expr(Op.MOD, Sort.INT, (a, b))
     _, rest = _split_multiples(a, b)
     if at_least(rest, 0) and at_least(sub(b, rest), 1):
@@ -318,12 +335,14 @@ def _negative_term(monomial: _Monomial, coefficient: int, depth: int) -> int | N
 
 def _atom_lowest(atom: Expr, depth: int) -> int | None:
     if atom.op is Op.SYMBOL:
-        return 0 if atom.args else 1
-    if atom.op is Op.MOD and at_least(atom.args[1], 1):
         return 0
-    if atom.op is Op.FLOORDIV and depth and at_least(atom.args[1], 1):
+    if atom.op is Op.MOD and divides_safely(atom.args[1]):
+        return 0
+    if atom.op is Op.FLOORDIV and depth and divides_safely(atom.args[1]):
         low = _lowest(atom.args[0], depth - 1)
         return 0 if low is not None and low >= 0 else None
+    if atom.op is Op.WRAP:
+        return wrapped_range(*atom.value)[0]  # type: ignore[misc]
     if atom.op is Op.ITE and depth:
         lows = [_lowest(branch, depth - 1) for branch in atom.args[1:]]
         return None if any(low is None for low in lows) else min(low for low in lows if low is not None)
@@ -343,6 +362,72 @@ def _atom_highest(atom: Expr) -> int | None:
     return None
 
 
+Range = tuple[int, int]
+
+
+def value_range(expr: Expr) -> Range:
+    """Bounds of an integer expression for sizes up to MAX_SIZE and data below MAX_DATA; wide rather than wrong."""
+    low = high = 0
+    for monomial, coefficient in _poly(expr).items():
+        ends = [coefficient, coefficient]
+        for atom in monomial:
+            ends = [x * y for x in (min(ends), max(ends)) for y in _atom_range(atom)]
+        low, high = low + min(ends), high + max(ends)
+    return low, high
+
+
+def _atom_range(atom: Expr) -> Range:
+    match atom.op:
+        case Op.SYMBOL if not atom.args:
+            return 0, MAX_SIZE
+        case Op.SYMBOL:
+            return 0, max(0, min(value_range(atom.args[0])[1], MAX_SIZE) - 1)
+        case Op.FLOORDIV if divides_safely(atom.args[1]):
+            low, high = value_range(atom.args[0])
+            return min(low, 0), max(high, 0)
+        case Op.MOD if divides_safely(atom.args[1]):
+            return 0, max(0, value_range(atom.args[1])[1] - 1)
+        case Op.ITE:
+            ranges = [value_range(branch) for branch in atom.args[1:]]
+            return min(low for low, _ in ranges), max(high for _, high in ranges)
+        case Op.WRAP:
+            return wrapped_range(*atom.value)  # type: ignore[misc]
+        case Op.ROUND:  # rounding is monotonic, and moves a number by less than its own size
+            low, high = value_range(atom.args[0])
+            return 2 * min(low, 0), 2 * max(high, 0)
+    return -MAX_DATA, MAX_DATA
+
+
+def wrapped_range(bits: int, signed: bool) -> Range:
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def wrap(expr: Expr, bits: int, signed: bool) -> Expr:
+    """An integer as a type of this many bits keeps it."""
+    if expr.op is Op.ITE:
+        return ite(expr.args[0], wrap(expr.args[1], bits, signed), wrap(expr.args[2], bits, signed))
+    lowest, highest = wrapped_range(bits, signed)
+    low, high = value_range(expr)
+    if lowest <= low and high <= highest:
+        return expr
+    if (value := const_int(expr)) is not None:
+        return integer(wrap_number(value, bits, signed))
+    return Expr(Op.WRAP, Sort.INT, (expr,), (bits, signed))
+
+
+def wrap_number(value: int, bits: int, signed: bool) -> int:
+    lowest, _ = wrapped_range(bits, signed)
+    return (value - lowest) % (1 << bits) + lowest
+
+
+def rounded(expr: Expr, exact: int) -> Expr:
+    """An integer as a floating-point type keeps it that is exact up to this magnitude."""
+    if expr.op is Op.ITE:
+        return ite(expr.args[0], rounded(expr.args[1], exact), rounded(expr.args[2], exact))
+    low, high = value_range(expr)
+    return expr if -exact <= low and high <= exact else Expr(Op.ROUND, Sort.INT, (expr,), exact)
+
+
 def substitute_atom(expr: Expr, atom: Expr, replacement: Expr) -> Expr:
     """expr with one atom of its polynomial replaced (not inside other atoms)."""
     total = ZERO
@@ -357,24 +442,48 @@ def substitute_atom(expr: Expr, atom: Expr, replacement: Expr) -> Expr:
 
 def le(a: Expr, b: Expr) -> Expr:
     """a <= b, for integers or for reals that are integers in disguise."""
-    a, b = _as_integers(a, b)
-    return _pushed(a, b, le) or _le0(sub(a, b))
+    return _compared(a, b, le, lambda x, y: x <= y, lambda difference: _le0(difference))
 
 
 def lt(a: Expr, b: Expr) -> Expr:
-    a, b = _as_integers(a, b)
-    return _pushed(a, b, lt) or _le0(add(sub(a, b), ONE))
+    return _compared(a, b, lt, lambda x, y: x < y, lambda difference: _le0(add(difference, ONE)))
 
 
 def eq(a: Expr, b: Expr) -> Expr:
     if a.sort is Sort.BOOL and b.sort is Sort.BOOL:
         return or_(and_(a, b), and_(not_(a), not_(b)))
-    a, b = _as_integers(a, b)
-    return _pushed(a, b, eq) or _eq0(sub(a, b))
+    return _compared(a, b, eq, lambda x, y: x == y, lambda difference: _eq0(difference))
 
 
-def _as_integers(a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    return to_integer(a), to_integer(b)
+_Comparison = Callable[[Expr, Expr], Expr]
+
+
+def _compared(a: Expr, b: Expr, compare: _Comparison, numbers: Callable[[float, float], bool], difference: Callable[[Expr], Expr]) -> Expr:
+    a, b = (to_integer(side) if side.sort is Sort.BOOL else side for side in (a, b))
+    if a.is_const and b.is_const:
+        return boolean(numbers(a.value, b.value))  # type: ignore[arg-type]
+    if (pushed := _pushed(a, b, compare)) is not None:
+        return pushed
+    if Sort.REAL in (a.sort, b.sort) and (decided := _beside_fraction(a, b, compare)) is not None:
+        return decided
+    return difference(sub(to_integer(a), to_integer(b)))
+
+
+def _beside_fraction(a: Expr, b: Expr, compare: _Comparison) -> Expr | None:
+    """Comparison of an integer with a number that is none: with its floor, or decided where it is infinite or NaN."""
+    for this, number, flip in ((a, b, False), (b, a, True)):
+        if not number.is_const or number.sort is not Sort.REAL:
+            continue
+        value = float(number.value)  # type: ignore[arg-type]
+        if value.is_integer():
+            continue
+        whole = to_integer(this)
+        if isnan(value) or compare is eq:
+            return FALSE
+        if not isfinite(value):
+            return boolean((value > 0) is not flip)
+        return lt(integer(floor(value)), whole) if flip else le(whole, integer(floor(value)))
+    return None
 
 
 def to_integer(expr: Expr) -> Expr:
@@ -389,10 +498,6 @@ def to_integer(expr: Expr) -> Expr:
         return integer(int(expr.value))  # type: ignore[call-overload]
     if expr.op is Op.ITE:
         return ite(expr.args[0], to_integer(expr.args[1]), to_integer(expr.args[2]))
-    if expr.op is Op.REAL_ADD:
-        return add(*(to_integer(arg) for arg in expr.args))
-    if expr.op is Op.REAL_MUL:
-        return mul(to_integer(expr.args[0]), to_integer(expr.args[1]))
     raise NotInteger(expr)
 
 
@@ -404,13 +509,17 @@ class NotInteger(Exception):
         self.expr = expr
 
 
-def _pushed(a: Expr, b: Expr, compare: Callable[[Expr, Expr], Expr]) -> Expr | None:
+def _pushed(a: Expr, b: Expr, compare: _Comparison) -> Expr | None:
     """Comparison of a two-way constant with a constant, decided on each branch."""
     for this, that, flip in ((a, b, False), (b, a, True)):
-        if this.op is Op.ITE and that.is_const and all(branch.is_const for branch in this.args[1:]):
+        if this.op is Op.ITE and that.is_const and _is_tree_of_constants(this):
             branches = (compare(that, branch) if flip else compare(branch, that) for branch in this.args[1:])
             return ite(this.args[0], *branches)
     return None
+
+
+def _is_tree_of_constants(expr: Expr) -> bool:
+    return expr.is_const or (expr.op is Op.ITE and all(_is_tree_of_constants(branch) for branch in expr.args[1:]))
 
 
 def _le0(poly: Expr) -> Expr:
@@ -505,8 +614,10 @@ def real_mul(a: Expr, b: Expr) -> Expr:
         a, b = b, a
     if b == real(1.0):
         return a
-    if b.is_const and a.op is Op.ITE and all(branch.is_const for branch in a.args[1:]):
+    if b.is_const and a.op is Op.ITE and _is_tree_of_constants(a):
         return ite(a.args[0], real_mul(a.args[1], b), real_mul(a.args[2], b))
+    if a.op is Op.TO_REAL and (b.op is Op.TO_REAL or (b.is_const and abs(float(b.value)) <= MAX_SIZE and float(b.value).is_integer())):  # type: ignore[arg-type]
+        return to_real(mul(a.args[0], to_integer(b)))
     return Expr(Op.REAL_MUL, Sort.REAL, (a, b))
 
 
@@ -543,6 +654,8 @@ def rebuild(expr: Expr, args: Index) -> Expr:
     builders: dict[Op, Callable[..., Expr]] = {
         Op.FLOORDIV: floordiv,
         Op.MOD: mod,
+        Op.WRAP: lambda a: wrap(a, *expr.value),  # type: ignore[misc]
+        Op.ROUND: lambda a: rounded(a, expr.value),  # type: ignore[arg-type]
         Op.AND: and_,
         Op.OR: or_,
         Op.NOT: not_,
@@ -614,7 +727,9 @@ def show(expr: Expr) -> str:
             return f"({args[1]} if {args[0]} else {args[2]})"
         case Op.AND | Op.OR:
             return f"({f' {expr.op} '.join(args)})"
-        case Op.NOT | Op.TANH | Op.TO_REAL:
+        case Op.WRAP:
+            return f"wrap{expr.value[0]}({args[0]})"  # type: ignore[index]
+        case Op.NOT | Op.TANH | Op.TO_REAL | Op.ROUND:
             return f"{expr.op}({args[0]})"
         case _:
             symbol = {Op.PRODUCT: "*", Op.FLOORDIV: "//", Op.MOD: "%", Op.REAL_ADD: "+", Op.REAL_MUL: "*", Op.REAL_DIV: "/"}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from swacompile.index_expr import FALSE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
-from swacompile.passes.index_tensor import Unreadable, normal_axis, wrapped
+from swacompile.passes.index_tensor import Unreadable, kept, normal_axis, wrapped
 from swacompile.passes.rules.views import constants
 from swacompile.passes.smt import is_valid
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
@@ -68,7 +68,7 @@ def _cumsum(ops: Operands) -> Meaning:
         element = to_integer(data.at(*indices[:axis], anywhere, *indices[axis + 1 :]))
         for number in (0, 1):
             if is_valid(eq(element, integer(number))):
-                return mul(integer(number), add(indices[axis], integer(first)))
+                return kept(mul(integer(number), add(indices[axis], integer(first))), ops.dtype)
         raise Unreadable("a running sum of elements that differ")
 
     return Meaning(shape=data.shape, read=read)

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import Expr, Index, Sort, add, const_int, floordiv, integer, mul, product_of, sub, to_real
-from swacompile.index_expr import at_least, ZERO, ONE
-from swacompile.passes.index_tensor import Unreadable, sort_of
+from swacompile.index_expr import ZERO, Expr, Index, Sort, add, at_least, const_int, floordiv, integer, maximum, mul, product_of, sub, to_real
+from swacompile.passes.index_tensor import Unreadable, kept, sort_of
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 
@@ -20,9 +19,9 @@ def _iota(ops: Operands) -> Meaning:
 
     def read(indices: Index) -> Expr:
         element = add(start, mul(step, indices[0]))
-        return to_real(element) if real_valued else element
+        return kept(to_real(element) if real_valued else element, ops.dtype)
 
-    return Meaning(shape=(extent if at_least(extent, 0) else extent,), read=read)
+    return Meaning(shape=(extent,), read=read)
 
 
 def _full(ops: Operands) -> Meaning:
@@ -34,7 +33,7 @@ def _shape(ops: Operands) -> Meaning:
     extents = ops.tensor(0).shape
     start, end = ops.integer("start", 0), ops.node.attrs.get("end")
     assert end is None or isinstance(end, int)
-    part = extents[slice(start, end)]
+    part = tuple(_not_below_zero(extent) for extent in extents[slice(start, end)])
 
     def read(indices: Index) -> Expr:
         position = const_int(indices[0])
@@ -46,10 +45,13 @@ def _shape(ops: Operands) -> Meaning:
 
 
 def _size(ops: Operands) -> Meaning:
-    total = product_of(ops.tensor(0).shape)
+    total = product_of(_not_below_zero(extent) for extent in ops.tensor(0).shape)
     return Meaning(shape=(), read=lambda _: total)
 
 
-RULES: Mapping[str, Rule] = {"iota": _iota, "full": _full, "shape": _shape, "size": _size}
+def _not_below_zero(extent: Expr) -> Expr:
+    """An extent as a number. Ranges and slices that end before they start have no elements, though the difference is negative."""
+    return extent if at_least(extent, 0) else maximum(extent, ZERO)
 
-__all__ = ["ONE", "RULES", "ZERO"]
+
+RULES: Mapping[str, Rule] = {"iota": _iota, "full": _full, "shape": _shape, "size": _size}

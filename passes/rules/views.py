@@ -34,7 +34,7 @@ def _unsqueeze(ops: Operands) -> tuple[Index, IndexMap]:
 
 def _squeeze(ops: Operands) -> tuple[Index, IndexMap]:
     operand = ops.tensor(0)
-    axes = _axes(ops, default=tuple(axis for axis, extent in enumerate(operand.shape) if extent == ONE))
+    axes = _axes(ops, default=_unit_axes(ops) if not _has_axes(ops) else None)
     gone = {normal_axis(axis, operand.rank) for axis in axes}
     kept = [axis for axis in range(operand.rank) if axis not in gone]
 
@@ -43,6 +43,18 @@ def _squeeze(ops: Operands) -> tuple[Index, IndexMap]:
         return tuple(by_axis.get(axis, ZERO) for axis in range(operand.rank))
 
     return tuple(operand.shape[axis] for axis in kept), index_map
+
+
+def _has_axes(ops: Operands) -> bool:
+    return "axes" in ops.node.attrs or bool(ops.node.input(1))
+
+
+def _unit_axes(ops: Operands) -> tuple[int, ...]:
+    """The axes that a squeeze without axes drops. Raises Unreadable where that depends on sizes known only at run time."""
+    shape = ops.tensor(0).shape
+    if any(const_int(extent) is None for extent in shape):
+        raise Unreadable("a squeeze whose rank depends on run-time sizes")
+    return tuple(axis for axis, extent in enumerate(shape) if extent == ONE)
 
 
 def _axes(ops: Operands, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
