@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from swacompile.index_expr import Expr, Op, Sort
+from swacompile.index_expr import Expr, Op, Sort, wrap_number
 
 Number = int | bool | np.ndarray
 Lookup = Callable[[Expr, list[Number]], Number]
@@ -45,6 +45,13 @@ def _apply(node: Expr, args: list[Number], lookup: Lookup | None) -> Number:
             return args[0] // args[1]
         case Op.MOD:
             return args[0] % args[1]
+        case Op.WRAP:
+            bits, signed = node.value  # type: ignore[misc]
+            return wrap_number(args[0], bits, signed)  # type: ignore[arg-type]
+        case Op.ROUND:
+            if np.all(np.abs(args[0]) <= node.value):
+                return args[0]
+            raise NotEvaluable(f"{node} is not exact")
         case Op.LE0:
             return args[0] <= 0
         case Op.EQ0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import z3
 
 from swacompile.attention import Axes, Witness
-from swacompile.index_expr import Expr, Op, Sort, walk
+from swacompile.index_expr import MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, walk, wrapped_range
 
 TIMEOUT_MS = 10_000
 
@@ -20,8 +20,12 @@ class Untranslatable(Exception):
 
 @dataclass(slots=True, kw_only=True)
 class Translation:
-    """One question's formulas; `bounds` collects what the symbols' extents say."""
+    """One question's formulas; `bounds` collects what the symbols' extents say.
 
+    Names in the solver tell sizes, indices and data apart, whatever the model calls them. Where `largest` is given, no size exceeds it.
+    """
+
+    largest: int | None = None
     constants: dict[Expr, z3.ExprRef] = field(default_factory=dict)
     bounds: list[z3.BoolRef] = field(default_factory=list)
     done: dict[Expr, z3.ExprRef] = field(default_factory=dict)
@@ -45,9 +49,19 @@ class Translation:
                 return z3.Sum([z3.IntVal(constant), *(c * arg for c, arg in zip(coefficients, args, strict=True))])
             case Op.PRODUCT:
                 return z3.Product(args)
-            case Op.FLOORDIV | Op.MOD:
+            case Op.FLOORDIV | Op.MOD if divides_safely(expr.args[1]):
                 self.bounds.append(args[1] >= 1)
                 return args[0] / args[1] if expr.op is Op.FLOORDIV else args[0] % args[1]
+            case Op.FLOORDIV | Op.MOD:
+                raise Untranslatable(f"a division by {expr.args[1]}, which may be 0 or negative")
+            case Op.WRAP:
+                bits, signed = expr.value  # type: ignore[misc]
+                lowest, highest = wrapped_range(bits, signed)
+                wrapped = (args[0] - lowest) % (1 << bits) + lowest
+                return z3.If(z3.And(lowest <= args[0], args[0] <= highest), args[0], wrapped)
+            case Op.ROUND:
+                lost = z3.Function(f"rounded to {expr.value}", z3.IntSort(), z3.IntSort())
+                return z3.If(z3.And(-expr.value <= args[0], args[0] <= expr.value), args[0], lost(args[0]))  # type: ignore[operator]
             case Op.LE0:
                 return args[0] <= 0
             case Op.EQ0:
@@ -62,30 +76,34 @@ class Translation:
                 return z3.If(*args)
             case Op.APPLY if expr.sort is not Sort.REAL:
                 result = z3.BoolSort() if expr.sort is Sort.BOOL else z3.IntSort()
-                return z3.Function(expr.name, *[z3.IntSort()] * len(args), result)(*args) if args else z3.Const(expr.name, result)
+                name = f"data {expr.name}"
+                return z3.Function(name, *[z3.IntSort()] * len(args), result)(*args) if args else z3.Const(name, result)
         raise Untranslatable(f"{expr.op} of real numbers in the mask's condition: {expr}")
 
     def _symbol(self, symbol: Expr) -> z3.ExprRef:
-        constant = self.constants[symbol] = z3.Int(symbol.name)
+        constant = self.constants[symbol] = z3.Int(f"index {symbol.digest.hex()}" if symbol.args else f"size {symbol.name}")
+        self.bounds.append(constant >= 0)
         if symbol.args:
-            self.bounds += [constant >= 0, constant < self(symbol.args[0])]
-        else:
-            self.bounds.append(constant >= 1)
+            self.bounds.append(constant < self(symbol.args[0]))
+        if self.largest is not None:
+            self.bounds.append((self(symbol.args[0]) if symbol.args else constant) <= self.largest)
         return constant
 
 
-def always_equal(a: Expr, b: Expr, axes: Axes) -> Witness | None:
+def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: int | None = None) -> Witness | None:
     """None if the conditions agree in every cell for all sizes, else a cell where they differ.
 
-    Raises Undecided, Untranslatable.
+    `given` is a condition on the sizes, `largest` a bound of all of them. Raises Undecided, Untranslatable.
     """
-    translate = Translation()
+    if largest is None and uses_machine_numbers(a):
+        largest = MAX_SIZE
+    translate = Translation(largest=largest)
     shown, claimed = translate(a), translate(b)
     for symbol in (axes.batch, axes.head, axes.query, axes.key):
         translate(symbol)
     solver = z3.SolverFor("ALL")
     solver.set("timeout", TIMEOUT_MS)
-    solver.add(*translate.bounds, shown != claimed)
+    solver.add(translate(given), *translate.bounds, shown != claimed)
     verdict = solver.check()
     if verdict == z3.unsat:
         return None
@@ -108,7 +126,7 @@ def _witness(model: z3.ModelRef, translate: Translation, shown: z3.ExprRef, axes
 
 def is_valid(condition: Expr) -> bool:
     """Whether a condition holds for all values of its symbols. False also where the solver cannot tell."""
-    translate = Translation()
+    translate = Translation(largest=MAX_SIZE)
     try:
         claim = translate(condition)
     except Untranslatable:
@@ -122,3 +140,8 @@ def is_valid(condition: Expr) -> bool:
 def uses_data(expr: Expr) -> bool:
     """Whether a formula depends on anything but indices and sizes."""
     return any(node.op is Op.APPLY for node in walk(expr))
+
+
+def uses_machine_numbers(expr: Expr) -> bool:
+    """Whether arithmetic in the formula may overflow or lose digits at some sizes."""
+    return any(node.op in (Op.WRAP, Op.ROUND) for node in walk(expr))
