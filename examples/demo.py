@@ -21,6 +21,9 @@ import swacompile
 from swacompile.attention import BandProof
 from swacompile.runtime.ort_library import call_count
 
+PAUSE_SECONDS = 0.1
+LEAST_SECONDS = 0.2
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,13 +82,20 @@ def compare(source: Path, compiled: Path, length: int, rounds: int) -> dict[str,
 
 
 def paired(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender, in turn in every round, so that both meet the same state of the machine."""
+    """Seconds a run of each contender, in turn in every round, so that both meet the same state of the machine.
+
+    The pause lets the other session's threads, which spin for a while after a run, go to sleep; the first run after it is not counted.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            time.sleep(PAUSE_SECONDS)
             run()
-            times[name].append(time.perf_counter() - start)
+            start, runs = time.perf_counter(), 0
+            while runs == 0 or time.perf_counter() - start < LEAST_SECONDS:
+                run()
+                runs += 1
+            times[name].append((time.perf_counter() - start) / runs)
     return times
 
 
