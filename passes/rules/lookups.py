@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from swacompile.index_expr import FALSE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
-from swacompile.passes.index_tensor import Unreadable, kept, normal_axis, wrapped
+from swacompile.passes.index_tensor import Unreadable, broadcast_index, kept, normal_axis, wrapped
 from swacompile.passes.rules.views import constants
 from swacompile.passes.smt import is_valid
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
@@ -40,6 +40,28 @@ def _gather_nd(ops: Operands) -> Meaning:
     return Meaning(shape=shape, read=read)
 
 
+def _index(ops: Operands) -> Meaning:
+    """Several axes looked up together, as NumPy does: the indices broadcast, and their axes take the place of the looked-up ones.
+
+    Where those are not side by side, the indices' axes come first.
+    """
+    data, axes = ops.tensor(0), ops.integers("axes")
+    positions = [ops.tensor(i) for i in range(1, len(ops.node.inputs))]
+    looked_up = ops.sizes.broadcast(*(position.shape for position in positions))
+    others = [axis for axis in range(data.rank) if axis not in axes]
+    lead = axes[0] if axes == tuple(range(axes[0], axes[-1] + 1)) else 0
+    extents = [data.shape[axis] for axis in others]
+
+    def read(indices: Index) -> Expr:
+        place = indices[lead : lead + len(looked_up)]
+        by_axis = dict(zip(others, indices[:lead] + indices[lead + len(looked_up) :], strict=True))
+        for axis, position in zip(axes, positions, strict=True):
+            by_axis[axis] = wrapped(position.at(*broadcast_index(place, position.shape)), data.shape[axis])
+        return data.at(*(by_axis[axis] for axis in range(data.rank)))
+
+    return Meaning(shape=(*extents[:lead], *looked_up, *extents[lead:]), read=read)
+
+
 def _trilu(ops: Operands) -> Meaning:
     data = ops.tensor(0)
     diagonal = ops.tensor(1).scalar() if ops.node.input(1) else integer(ops.integer("diagonal", 0))
@@ -74,4 +96,4 @@ def _cumsum(ops: Operands) -> Meaning:
     return Meaning(shape=data.shape, read=read)
 
 
-RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "trilu": _trilu, "cumsum": _cumsum}
+RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "index": _index, "trilu": _trilu, "cumsum": _cumsum}

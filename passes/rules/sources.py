@@ -54,4 +54,20 @@ def _not_below_zero(extent: Expr) -> Expr:
     return extent if at_least(extent, 0) else maximum(extent, ZERO)
 
 
-RULES: Mapping[str, Rule] = {"iota": _iota, "full": _full, "shape": _shape, "size": _size}
+def _sizes(ops: Operands) -> Meaning:
+    """Integers that the frontend knows as expressions: a vector, or the one number where `scalar`."""
+    values = ops.node.attrs["values"]
+    assert isinstance(values, tuple)
+    if ops.node.attrs.get("scalar"):
+        return Meaning(shape=(), read=lambda _: values[0])
+
+    def read(indices: Index) -> Expr:
+        position = const_int(indices[0])
+        if position is None:
+            raise Unreadable("a size at a position that is not constant")
+        return values[position]
+
+    return Meaning(shape=(integer(len(values)),), read=read)
+
+
+RULES: Mapping[str, Rule] = {"iota": _iota, "full": _full, "shape": _shape, "size": _size, "sizes": _sizes}
