@@ -134,22 +134,21 @@ def scratch(length: Expr, dtype: str = "float32") -> Buffer:
 
 
 class Registers:
-    """A local array whose every index is a Python constant, so that LLVM keeps it in registers."""
+    """A local array whose every index is a Python constant, so that LLVM keeps it in registers. Its content is undefined at first.
+
+    No more than 1024 bytes, beyond which TVM takes memory from the host's workspace slot; it also does so for scope "local".
+    """
 
     def __init__(self, count: int, lanes: int, dtype: str = "float32") -> None:
         self._lanes = lanes
-        self._buffer = builder.alloc_buffer((count * lanes,), dtype, scope="local")
+        self._buffer = builder.alloc_buffer((count * lanes,), dtype, scope="global")
 
     def __getitem__(self, index: int) -> Expr:
         return self._buffer[lane_indices(index * self._lanes, self._lanes)]
 
     def __setitem__(self, index: int, value: Expr) -> None:
-        store(
-            self._buffer,
-            splat(value, self._lanes) if isinstance(value, float) else value,
-            index * self._lanes,
-            lanes=self._lanes,
-        )
+        value = splat(value, self._lanes) if isinstance(value, float) else value
+        store(self._buffer, value, index * self._lanes, lanes=self._lanes)
 
 
 def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:

@@ -230,9 +230,10 @@ class TilePath:
     def _score_block(self, row: Expr, key: Expr, vector: Expr, width: int) -> None:
         """Scores of score_keys keys and `width` vectors of queries, hidden ones filled unless a later pass does that."""
         tiles, memory, lanes = self._tiles, self._memory, self._tiles.lanes
-        acc = Registers(tiles.score_keys * width, lanes)
-        for i in range(tiles.score_keys * width):
-            acc[i] = 0.0
+        acc = [Registers(width, lanes) for _ in range(tiles.score_keys)]
+        for row_acc in acc:
+            for j in range(width):
+                row_acc[j] = 0.0
         keys = [minimum(key + i, self._problem.keys - 1) for i in range(tiles.score_keys)]
         with for_range(0, self._problem.head_size) as column:
             base = let(column * tiles.queries + vector * lanes)
@@ -240,7 +241,7 @@ class TilePath:
             for i in range(tiles.score_keys):
                 scalar = splat(self._load_key(keys[i], i, column), lanes)
                 for j in range(width):
-                    acc[i * width + j] = acc[i * width + j] + scalar * queries[j]
+                    acc[i][j] = acc[i][j] + scalar * queries[j]
         last_lane = (vector + width) * lanes - 1
         inside = all_of(
             memory.first[last_lane] <= _int32(key), _int32(key + tiles.score_keys) <= memory.stop[vector * lanes]
@@ -268,13 +269,15 @@ class TilePath:
                 store(self._memory.converted, value, i * problem.head_size + column, lanes=width)
         del lanes
 
-    def _store_scores(self, acc: Registers, row: Expr, key: Expr, vector: Expr, width: int, *, masked: bool) -> None:
+    def _store_scores(
+        self, acc: list[Registers], row: Expr, key: Expr, vector: Expr, width: int, *, masked: bool
+    ) -> None:
         tiles, lanes = self._tiles, self._tiles.lanes
         for j in range(width):
             column = let((vector + j) * lanes)
             visible = self._visible_lanes(vector + j) if masked else None
             for i in range(tiles.score_keys):
-                value = let(acc[i * width + j])
+                value = let(acc[i][j])
                 if visible is not None:
                     value = select(visible(key + i), value, splat(self._fill, lanes))
                 store(self._memory.scores, value, (row + i) * tiles.queries + column, lanes=lanes)
