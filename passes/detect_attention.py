@@ -104,7 +104,7 @@ def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor |
     element = reading.sizes.resolve(mask.at(*broadcast_index((axes.batch, axes.head, axes.query, axes.key), mask.shape)))
     if element.sort is Sort.BOOL:
         return and_(visible, element), "bool mask operand", ()
-    split = _split(cases(element, score=""), mask.dtype, scored=False)
+    split = _split(cases(element, score=""), mask.dtype, mask.dtype, scored=False)
     return and_(visible, split.visible), "float mask operand", split.terms
 
 
@@ -198,7 +198,7 @@ def _between(reading: Reading, node: Node, logits: IndexTensor, score: Node, wei
     here = (*lead, axes.query, axes.key)
     found_cases = cases(reading.sizes.resolve(logits.at(*here)), score.outputs[0])
     at_score = _score_index(reading, logits, here, score.outputs[0])
-    split = _split(_without_row_terms(reading, found_cases, axes), logits.dtype, scored=True)
+    split = _split(_without_row_terms(reading, found_cases, axes), product.dtype, logits.dtype, scored=True)
     if split.terms:
         raise NotReadable("bias", f"a run-time bias is added to the scores: {split.terms[0]}")
     depth = index("d", ops.tensor(0).shape[-1])
@@ -364,16 +364,16 @@ class _Split:
     terms: tuple[Expr, ...]
 
 
-def _split(found: tuple[Case, ...], dtype: str, *, scored: bool) -> _Split:
+def _split(found: tuple[Case, ...], scores_dtype: str, weights_dtype: str, *, scored: bool) -> _Split:
     visible, zeroed = FALSE, FALSE
     scores: dict[tuple[float, float | None, tuple[Expr, ...]], None] = {}
     for case in found:
         logit = case.logit
-        if logit.hides(dtype):
+        if logit.hides(scores_dtype, weights_dtype):
             continue
         if logit.constant != 0 or (scored and logit.inner is None):
             raise NotReadable("not-hiding", f"a masked score becomes {logit.constant:g}, which does not hide it for certain: expected -inf or the "
-                              f"lowest {dtype}; its weight may be above zero")  # fmt: skip
+                              f"lowest {scores_dtype}; its weight may be above zero")  # fmt: skip
         if scored and logit.inner == 0:
             zeroed = or_(zeroed, case.condition)
             continue

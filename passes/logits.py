@@ -32,15 +32,15 @@ class Logit:
         assert self.inner is not None
         return self.inner * (1.0 if self.outer is None else self.outer)
 
-    def hides(self, dtype: str) -> bool:
+    def hides(self, scores_dtype: str, weights_dtype: str) -> bool:
         """Whether the weight is exactly zero beside a visible score.
 
-        The constant is -inf or the lowest number of its data type (sums of such included), or is further below the largest
-        score than exp can resolve, where a softcap bounds the scores.
+        The constant is -inf or the lowest number of the scores' data type (sums of such included), or is further below the largest
+        score than the softmax's exp can resolve, where a softcap bounds the scores.
         """
-        if self.constant <= 0.99 * LOWEST.get(dtype, -inf):
+        if self.constant <= 0.99 * LOWEST.get(scores_dtype, -inf):
             return True
-        return self.outer is not None and self.constant < EXP_UNDERFLOW.get(dtype, -inf) - 2 * abs(self.outer)
+        return self.outer is not None and self.constant < EXP_UNDERFLOW.get(weights_dtype, -inf) - 2 * abs(self.outer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
