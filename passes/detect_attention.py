@@ -8,12 +8,13 @@ An attention is
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import inf, sqrt
 
 from swacompile.attention import Attention, Axes, Finding, Layout, MaskedRows, Operand, Refutation
 from swacompile.graph import Graph, Node
-from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, floordiv, index, integer, le, mul, neg, or_
-from swacompile.index_expr import sub, substitute, walk
+from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, const_real, floordiv, index, integer, le, mul, neg, or_
+from swacompile.index_expr import ite, real, real_add, sub, substitute, walk
 from swacompile.passes.arrays import PREFIX
 from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index
 from swacompile.passes.logits import Case, Logit, UnreadableLogits, cases
@@ -62,8 +63,10 @@ def _operator(reading: Reading, node: Node) -> Attention:
     query, key, value = (ops.tensor(i) for i in range(3))
     if any(tensor.rank != 4 for tensor in (query, key, value)):
         raise NotReadable("rank", f"expected 4-D query, key and value, found ranks {query.rank}, {key.rank}, {value.rank}")
-    if node.input(4) or node.input(5) or any(reading.graph.users.get(extra) for extra in node.outputs[1:]):
+    if node.input(4) or node.input(5) or node.input(6) or any(reading.graph.users.get(extra) for extra in node.outputs[1:]):
         raise NotReadable("cache", "the operator keeps a key-value cache or returns its scores")
+    if node.attrs.get("dropout"):
+        raise NotReadable("dropout", "the operator drops weights at random: the model was exported in training mode")
     heads = _known(reading, query.shape[1], "number of query heads")
     axes = _axes(reading, query.shape[0], heads, query.shape[2], key.shape[2])
     group = floordiv(axes.head, integer(heads // (const_int(reading.sizes.resolve(key.shape[1])) or heads)))
@@ -74,9 +77,7 @@ def _operator(reading: Reading, node: Node) -> Attention:
         value=_operand(reading, axes, value.name, (axes.batch, group, axes.key, index("v", value.shape[3])), "value"),
     )
     mask = ops.optional(3)
-    visible, mask_form, terms = _operator_mask(reading, node, axes, mask)
-    if terms:
-        raise NotReadable("bias", f"a run-time bias is added to the scores: {terms[0]}")
+    visible, mask_form, bias = _operator_mask(reading, node, axes, mask)
     head_size = const_int(reading.sizes.resolve(query.shape[3]))
     scale = node.attrs.get("scale")
     if not scale and head_size is None:
@@ -86,11 +87,11 @@ def _operator(reading: Reading, node: Node) -> Attention:
     return _attention(
         reading, node, form="operator", mask_form=mask_form, found=found, axes=axes, heads=heads,
         output=node.outputs[0], merged=False, visible=visible, zeroed=FALSE, scale=base,
-        softcap=float(softcap) if isinstance(softcap, float | int) and softcap else None, sinks=None, masked_rows=MaskedRows.ZERO,
+        softcap=float(softcap) if isinstance(softcap, float | int) and softcap else None, sinks=None, masked_rows=MaskedRows.ZERO, bias=bias,
     )  # fmt: skip
 
 
-def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor | None) -> tuple[Expr, str, tuple[Expr, ...]]:
+def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor | None) -> tuple[Expr, str, Expr | None]:
     distance = sub(axes.key, axes.query)
     visible = le(distance, integer(0)) if node.attrs.get("is_causal") else TRUE
     form = "is_causal" if node.attrs.get("is_causal") else "none"
@@ -99,13 +100,13 @@ def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor |
         if isinstance(bound, int) and bound >= 0:
             visible, form = and_(visible, le(sign(distance), integer(bound))), "window attributes"
     if mask is None:
-        return visible, form, ()
+        return visible, form, None
     reading.sizes.broadcast(mask.shape, (axes.batch.args[0], integer(1), axes.queries, axes.keys)[-mask.rank :])
     element = reading.sizes.resolve(mask.at(*broadcast_index((axes.batch, axes.head, axes.query, axes.key), mask.shape)))
     if element.sort is Sort.BOOL:
-        return and_(visible, element), "bool mask operand", ()
+        return and_(visible, element), "bool mask operand", None
     split = _split(cases(element, score=""), mask.dtype, mask.dtype, scored=False)
-    return and_(visible, split.visible), "float mask operand", split.terms
+    return and_(visible, split.visible), "float mask operand", split.bias
 
 
 # -------------------------------------------------------------------------------------- 2. softmax between matmuls
@@ -167,10 +168,10 @@ def _weighted_sum(graph: Graph, node: Node) -> tuple[Node, bool] | None:
     while True:
         users = graph.users.get(value, ())
         passing = [user for user in users if user.op != "isnan"]
-        replaces_nan = replaces_nan or len(passing) < len(users)
         if len(passing) != 1:
             return None
         (user,) = passing
+        replaces_nan = replaces_nan or len(passing) < len(users) or user.op == "where"
         if user.op == "matmul":
             return (user, replaces_nan) if user.inputs[0] == value else None
         if user.op not in ("cast", "identity", "where", "slice", "reshape", "expand", "squeeze", "unsqueeze", "transpose"):
@@ -199,8 +200,6 @@ def _between(reading: Reading, node: Node, logits: IndexTensor, score: Node, wei
     found_cases = cases(reading.sizes.resolve(logits.at(*here)), score.outputs[0])
     at_score = _score_index(reading, logits, here, score.outputs[0])
     split = _split(_without_row_terms(reading, found_cases, axes), product.dtype, logits.dtype, scored=True)
-    if split.terms:
-        raise NotReadable("bias", f"a run-time bias is added to the scores: {split.terms[0]}")
     depth = index("d", ops.tensor(0).shape[-1])
     value_tensor = reading.operands(weighted).tensor(1)
     weights = reading.operands(weighted).tensor(0)
@@ -215,7 +214,7 @@ def _between(reading: Reading, node: Node, logits: IndexTensor, score: Node, wei
     return _attention(
         reading, node, form="softmax", mask_form=_mask_form(found_cases), found=found, axes=axes, heads=heads, output=weighted.outputs[0],
         merged=weights.rank == 3, visible=split.visible, zeroed=split.zeroed, scale=split.scale, softcap=split.softcap,
-        sinks=_sinks(reading, logits, lead, axes), masked_rows=_masked_rows(found_cases, replaces_nan),
+        sinks=_sinks(reading, logits, lead, axes), masked_rows=_masked_rows(found_cases, replaces_nan), bias=split.bias,
     )  # fmt: skip
 
 
@@ -263,15 +262,16 @@ def _score_index(reading: Reading, logits: IndexTensor, here: Index, score: str)
 
 def _check_weights(reading: Reading, node: Node, weights: IndexTensor, asked: Index, expected: Index) -> None:
     """The weights must reach the second matmul unmoved (a sink's column cut off, NaN replaced)."""
-    for source in _through_nan(reading, weights.name, asked):
+    for source in _through_nan(reading, node, weights.name, asked):
         if source.value == node.outputs[0]:
-            if source.indices == expected and source.scale == 1.0:
+            unmoved = all(_same_place(found, place) for found, place in zip(source.indices, expected, strict=True))
+            if unmoved and source.scale == 1.0:
                 return
             break
     raise NotReadable("weights-moved", "the softmax's weights are moved or scaled before they multiply the value")
 
 
-def _through_nan(reading: Reading, value: str, indices: Index) -> Iterator[Source]:
+def _through_nan(reading: Reading, softmax: Node, value: str, indices: Index) -> Iterator[Source]:
     while True:
         last = None
         for last in trace(reading, value, indices):
@@ -279,12 +279,44 @@ def _through_nan(reading: Reading, value: str, indices: Index) -> Iterator[Sourc
         node = reading.graph.producers.get(last.value) if last else None
         if last is None or node is None:
             return
-        if node.op == "where" and reading.graph.producers.get(node.inputs[0], node).op == "isnan":
+        if node.op == "where" and _without_value(reading, softmax, node):
             value, indices = node.inputs[2], last.indices
         elif node.op == "cast":
             value, indices = node.inputs[0], last.indices
         else:
             return
+
+
+def _without_value(reading: Reading, softmax: Node, node: Node) -> bool:
+    """Whether a `where` only puts 0 in place of weights that have no value: NaN, or those of a row whose logits are all -inf."""
+    graph = reading.graph
+    if (condition := graph.producers.get(node.inputs[0])) and condition.op == "isnan":
+        return True
+    chain = _chain(graph, node.inputs[0], ("not", "any", "not", "eq"))
+    if chain is None:
+        return False
+    _, any_key, _, hidden = chain
+    last_axis = len(reading.tensors[softmax.inputs[0]].shape) - 1
+    along_keys = any_key.attrs.get("axes") in ([-1], [last_axis]) and hidden.inputs[0] == softmax.inputs[0]
+    return along_keys and _number(reading, node.inputs[1]) == 0.0 and _number(reading, hidden.inputs[1]) == -inf
+
+
+def _chain(graph: Graph, value: str, ops: Sequence[str]) -> list[Node] | None:
+    """The producers of a value, of its first operand and so on, where they are these operations."""
+    found: list[Node] = []
+    for op in ops:
+        node = graph.producers.get(value)
+        if node is None or node.op != op:
+            return None
+        found.append(node)
+        value = node.inputs[0]
+    return found
+
+
+def _number(reading: Reading, value: str) -> float | None:
+    """The number that all elements of a value are, None if there is none."""
+    tensor = reading.tensors.get(value)
+    return const_real(tensor.at(*[ZERO] * tensor.rank)) if tensor else None
 
 
 def _without_row_terms(reading: Reading, found: tuple[Case, ...], axes: Axes) -> tuple[Case, ...]:
@@ -355,18 +387,19 @@ class _Operands:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Split:
-    """What the cases of the logits say: when a key is visible, when its score is zeroed, and what the visible score is."""
+    """What the cases of the logits say: when a key is visible, when its score is zeroed, what the visible score is, and what is added to it."""
 
     visible: Expr
     zeroed: Expr
     scale: float
     softcap: float | None
-    terms: tuple[Expr, ...]
+    bias: Expr | None
 
 
 def _split(found: tuple[Case, ...], scores_dtype: str, weights_dtype: str, *, scored: bool) -> _Split:
     visible, zeroed = FALSE, FALSE
-    scores: dict[tuple[float, float | None, tuple[Expr, ...]], None] = {}
+    scores: set[tuple[float, float | None]] = set()
+    added: list[tuple[Expr, Expr]] = []
     for case in found:
         logit = case.logit
         if logit.hides(scores_dtype, weights_dtype):
@@ -378,11 +411,22 @@ def _split(found: tuple[Case, ...], scores_dtype: str, weights_dtype: str, *, sc
             zeroed = or_(zeroed, case.condition)
             continue
         visible = or_(visible, case.condition)
-        scores[(logit.scale if scored else 1.0, logit.softcap, logit.terms)] = None
-    if len(scores) != 1:
+        scores.add((logit.scale if scored else 1.0, logit.softcap))
+        added.append((case.condition, reduce(real_add, logit.terms, real(0.0))))
+    if not scores:
+        raise NotReadable("all-hidden", "no key is visible: every score is hidden or zeroed")
+    if len(scores) > 1:
         raise NotReadable("several-scores", f"visible scores come in {len(scores)} forms, expected one")
-    ((scale, softcap, terms),) = scores
-    return _Split(visible=visible, zeroed=zeroed, scale=scale, softcap=softcap, terms=terms)
+    ((scale, softcap),) = scores
+    return _Split(visible=visible, zeroed=zeroed, scale=scale, softcap=softcap, bias=_bias(added))
+
+
+def _bias(added: list[tuple[Expr, Expr]]) -> Expr | None:
+    """What is added to visible scores, from (condition, sum of terms) a case; None for nothing."""
+    *others, (_, bias) = added
+    for condition, term in reversed(others):
+        bias = ite(condition, term, bias)
+    return None if bias == real(0.0) else bias
 
 
 def _known(reading: Reading, extent: Expr, what: str) -> int:
@@ -445,6 +489,7 @@ def _same_place(found: Expr, expected: Expr) -> bool:
 def _attention(  # noqa: PLR0913
     reading: Reading, node: Node, *, form: str, mask_form: str, found: _Operands, axes: Axes, heads: int, output: str, merged: bool,
     visible: Expr, zeroed: Expr, scale: float, softcap: float | None, sinks: str | float | None, masked_rows: MaskedRows,
+    bias: Expr | None,
 ) -> Attention:  # fmt: skip
     if found.key.heads != found.value.heads:
         raise NotReadable("kv-heads", f"key has {found.key.heads} heads and value {found.value.heads}")
@@ -460,7 +505,7 @@ def _attention(  # noqa: PLR0913
         merged_output=merged, axes=axes, visible=visible, zeroed=resolve(zeroed), heads=heads, kv_heads=found.key.heads,
         head_size=const_int(resolve(found.query.tensor.shape[3])), value_head_size=const_int(resolve(found.value.tensor.shape[3])),
         dtype=dtypes.pop(), scale=scale * found.query.scale * found.key.scale, softcap=softcap, sinks=sinks, masked_rows=masked_rows,
-        assumptions=(),
+        assumptions=(), bias=None if bias is None else resolve(bias),
     )  # fmt: skip
 
 

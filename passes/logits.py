@@ -40,7 +40,9 @@ class Logit:
         """
         if self.constant <= 0.99 * LOWEST.get(scores_dtype, -inf):
             return True
-        return self.outer is not None and self.constant < EXP_UNDERFLOW.get(weights_dtype, -inf) - 2 * abs(self.outer)
+        if self.outer is None or self.terms:
+            return False
+        return self.constant < EXP_UNDERFLOW.get(weights_dtype, -inf) - 2 * abs(self.outer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

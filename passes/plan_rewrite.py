@@ -11,6 +11,7 @@ from swacompile.index_expr import ONE, ZERO, Expr, Op, Sort, eq, not_
 from swacompile.passes.read_masks import Reading
 
 NO_BOUND = -1
+_ADDED = {ResidualKind.BIAS: "a run-time bias", ResidualKind.ALIBI: "a slope a head times the distance (ALiBi)"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,12 @@ def _plan(reading: Reading, finding: Finding, full: bool) -> Replacement | Refut
         return _refused(site, proof, "dtype", f"the output is {reading.tensors[site.output].dtype}, its operands are {site.dtype}")
     if site.head_size is None or site.value_head_size is None:
         return _refused(site, proof, "head-size", "the head size is known only at run time")
+    if "keys >= queries" in proof.valid_for:
+        return _refused(site, proof, "guarded", "the proof holds only where there are at least as many keys as queries, which a rewrite cannot check")
     operands: dict[ResidualKind, RunTimeOperand] = {}
     for residual in proof.residuals:
+        if residual.kind in (ResidualKind.BIAS, ResidualKind.ALIBI):
+            return _refused(site, proof, str(residual.kind), f"{_ADDED[residual.kind]} is added to the scores beside the band {mask}: {residual.data}")
         operand = _operand(reading, site, residual)
         if operand is None or residual.kind in operands:
             return _refused(site, proof, "residual", f"the mask's factor {residual.condition} is no value of shape (batch, keys) in the model")

@@ -1,26 +1,32 @@
-"""Prove that a mask is a band, or say why it is not.
+"""Prove that a mask is a band, or say what it is instead.
 
-1. Factors that depend on run-time data are taken out: a condition on (batch, key) is key padding.
-2. Candidate bounds come from probing the rest at single cells far from the edges, at the constants that occur in it.
-3. The claim `mask <=> band and factors` is put to the solver for all sizes at once. No counterexample: proven. A counterexample is the
-   witness. A mask that is a constant array without a pattern is compared cell by cell instead.
+1. Factors that depend on run-time data are taken out (residuals.py): key padding, segments.
+2. Candidate bands come from probing the rest at single cells (probe_band.py).
+3. The claim `mask <=> band and factors` is put to the solver for all sizes at once. No counterexample: proven. Where it holds only with at
+   least as many keys as queries, or only up to a size at which arithmetic overflows, the proof says so in `valid_for`.
+4. Zeroed scores: the condition under which a score is kept is proven like a band; and together with the zeroed ones, that all count.
+5. Otherwise the mask may be of another kind (classify_mask.py): each guess is proven, too, before it is named. A counterexample to the
+   nearest band is the witness.
+6. A mask that is a constant array without a pattern is compared cell by cell instead (compare_cells.py).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-import numpy as np
+from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind
+from swacompile.band import BandMask
+from swacompile.index_expr import FALSE, MAX_SIZE, TRUE, Expr, NotInteger, Op, and_, const_int, eq, le, not_, or_, real, real_mul, sub
+from swacompile.index_expr import to_integer, transform, walk
+from swacompile.passes.arrays import PREFIX, ArrayReader
+from swacompile.passes.classify_mask import Pattern, patterns
+from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
+from swacompile.passes.probe_band import candidate_bands, claim_of
+from swacompile.passes.residuals import factor_out, run_time_data
+from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_valid, uses_machine_numbers
+from swacompile.passes.verdict import Verdict
 
-from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind, Witness
-from swacompile.band import Alignment, BandMask
-from swacompile.index_expr import FALSE, ONE, TRUE, Expr, Op, Sort, add, and_, const_int, eq, integer, le, neg, not_, sub, substitute, walk
-from swacompile.passes.arrays import ArrayReader, PREFIX, band_of
-from swacompile.passes.evaluate import NotEvaluable, Number, evaluate
-from swacompile.passes.smt import Undecided, Untranslatable, always_equal
-
-FAR = 1 << 40  # A length beyond every window, for probing.
-MAX_GRID = 1 << 26  # Cells of a constant mask that are compared one by one.
+# Sizes up to which a proof may be limited: no attention of more keys than that has been run densely.
+LIMITS = (MAX_SIZE, 1 << 30, 1 << 24)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,226 +34,197 @@ class Prover:
     """Proves masks of one model; a mask that several attentions share is proven once."""
 
     arrays: ArrayReader = field(default_factory=ArrayReader)
-    _known: dict[tuple[Expr, Expr, Expr, Expr], "_Verdict"] = field(default_factory=dict)
+    _known: dict[tuple[Expr | None, ...], Verdict] = field(default_factory=dict)
 
     def prove(self, site: Attention) -> BandProof | Refutation:
         """A proof that holds for every size named in its `valid_for`, or the reason why there is none."""
-        if site.zeroed != FALSE:
-            return Refutation(code="zeroed", node=site.node, kind=Kind.ZEROED,
-                              reason="scores outside the mask are multiplied by zero, not hidden: their weight is exp(0)")  # fmt: skip
-        key = (site.visible, site.axes.queries, site.axes.keys, site.axes.batch)
+        axes = site.axes
+        key = (site.visible, site.zeroed, site.bias, axes.batch, axes.head, axes.query, axes.key)
         if key not in self._known:
             self._known[key] = self._verdict(site)
         verdict = self._known[key]
-        if verdict.mask is None:
-            return Refutation(code=verdict.code, reason=verdict.reason, node=site.node, kind=verdict.kind, witness=verdict.witness)
+        if verdict.mask is None or verdict.code:
+            return Refutation(
+                code=verdict.code, reason=verdict.reason, node=site.node, kind=verdict.kind, band=verdict.mask, witness=verdict.witness
+            )
         return BandProof(
-            mask=verdict.mask, residuals=verdict.residuals, method=verdict.method,
-            kind=Kind.FULL if verdict.mask.is_full else Kind.SLIDING, valid_for=(*verdict.valid_for, *site.assumptions),
+            mask=verdict.mask, residuals=verdict.residuals, method=verdict.method, kind=verdict.kind,
+            valid_for=(*verdict.valid_for, *site.assumptions),
         )  # fmt: skip
 
-    def _verdict(self, site: Attention) -> "_Verdict":
-        residuals, rest = _factor_out(site.visible, site.axes)
-        data = _data(rest)
-        if any(name.startswith(PREFIX) for name in data):
-            return self._compare_cells(site, residuals, rest)
-        if data:
-            return _Verdict(code="data-dependent", reason=f"the mask depends on run-time data that is not key padding: {', '.join(sorted(data))}")
-        band = _candidate(rest, site.axes)
-        claim = TRUE if band is None else _claim(band, site.axes)
-        factors = and_(*(residual.condition for residual in residuals))
+    def _verdict(self, site: Attention) -> Verdict:
+        added = () if site.bias is None else (_added(site.bias, site.visible, site.axes),)
+        if site.zeroed != FALSE:
+            return self._zeroed(site, added)
+        residuals, rest = factor_out(site.visible, site.axes)
+        if self._reads_arrays(rest):
+            return _placed(compare_cells(rest, site.axes, residuals, self.arrays), added, site.axes)
+        return _prove_formula(site.visible, rest, residuals, added, site.axes)
+
+    def _all_shown(self, mask: Expr, axes: Axes) -> bool:
         try:
-            witness = always_equal(site.visible, and_(claim, factors), site.axes)
-        except (Undecided, Untranslatable) as error:
-            return _Verdict(code="undecided", reason=f"the solver could not decide the mask: {error}")
-        if witness is None and band is not None:
-            return _Verdict(mask=band, residuals=residuals, method="smt", valid_for=_valid_for(site.axes))
-        nearest = "no band fits" if band is None else f"the nearest band is {band}"
-        return _Verdict(code="not-a-band", reason=f"the mask is not a band: {nearest}", witness=witness)
+            return bool(cells_of(mask, axes, self.arrays).all())
+        except NoGrid:
+            return False
 
-    def _compare_cells(self, site: Attention, residuals: tuple[Residual, ...], rest: Expr) -> "_Verdict":
-        extents = [const_int(axis.args[0]) for axis in (site.axes.batch, site.axes.head, site.axes.query, site.axes.key)]
-        if any(extent is None for extent in extents):
-            return _Verdict(code="unknown-array", reason="the mask is a constant array without a pattern, of sizes known only at run time")
-        shape = [extent for extent in extents if extent is not None]
-        if int(np.prod(shape)) > MAX_GRID:
-            return _Verdict(code="large-array", reason=f"the mask is a constant array of {shape} cells without a pattern")
+    def _reads_arrays(self, mask: Expr) -> bool:
+        return any(name.startswith(PREFIX) for name in run_time_data(mask))
+
+    # 4. Zeroed scores
+    def _zeroed(self, site: Attention, added: tuple[Residual, ...]) -> Verdict:
+        counted, others = factor_out(or_(site.visible, site.zeroed), site.axes)
+        if added or any(residual.kind is not ResidualKind.KEY_PADDING for residual in counted):
+            return Verdict(code="zeroed", kind=Kind.ZEROED, reason="scores outside the mask are multiplied by zero, and there are other run-time "
+                            "terms than key padding, which the operator cannot express beside it")  # fmt: skip
+        _, rest = factor_out(site.visible, site.axes)
+        if self._reads_arrays(rest) or self._reads_arrays(others):
+            verdict = compare_cells(rest, site.axes, counted, self.arrays)
+            counts = self._all_shown(others, site.axes)
+        else:
+            verdict = _prove_formula(site.visible, rest, counted, (), site.axes)
+            counts = _always(or_(site.visible, site.zeroed), and_(*(residual.condition for residual in counted)), site.axes)
+        if verdict.code:
+            return Verdict(code=verdict.code, kind=Kind.ZEROED, mask=verdict.mask, witness=verdict.witness,
+                            reason=f"scores are multiplied by zero where they are masked, and {verdict.reason}")  # fmt: skip
+        if not counts:
+            return Verdict(code="zeroed", kind=Kind.ZEROED, mask=verdict.mask, reason=f"scores outside the band {verdict.mask} are multiplied "
+                            "by zero, and others are hidden for their position: the operator can do only one of the two")  # fmt: skip
+        return Verdict(mask=verdict.mask, residuals=counted, method=verdict.method, valid_for=verdict.valid_for, kind=Kind.ZEROED)
+
+
+
+def _added(bias: Expr, visible: Expr, axes: Axes) -> Residual:
+    """The additive term by its name: a slope a head times the distance, or any bias."""
+    slope = slope_of(bias, visible, axes)
+    return Residual(kind=ResidualKind.BIAS if slope is None else ResidualKind.ALIBI, condition=TRUE, data=bias if slope is None else slope)
+
+
+def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
+    """The factor a of bias = a * (key - something that is the same for the whole row), where `a` depends on the head alone.
+
+    What is the same for a whole row does not change a softmax. The equality is needed where a key is visible only.
+    """
+    factors = bias.args if bias.op is Op.REAL_MUL else (real(1.0), bias)
+    for slope, distance in (factors, factors[::-1]):
+        if {axes.batch, axes.query, axes.key} & set(walk(slope)) or axes.key not in walk(distance):
+            continue
         try:
-            shown = self._grid(rest, site.axes, shape)
-        except NotEvaluable as error:
-            return _Verdict(code="unknown-array", reason=f"the mask's array cannot be evaluated: {error}")
-        return _band_of_cells(shown, residuals)
-
-    def _grid(self, rest: Expr, axes: Axes, shape: list[int]) -> np.ndarray:
-        positions = [np.arange(extent).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, extent in enumerate(shape)]
-        values: dict[Expr, Number] = dict(zip((axes.batch, axes.head, axes.query, axes.key), positions, strict=True))
-
-        def lookup(node: Expr, args: list[Number]) -> Number:
-            array = self.arrays.lookup(node.name)
-            if array is None:
-                raise NotEvaluable(str(node))
-            return np.asarray(array[tuple(args)])
-
-        return np.broadcast_to(np.asarray(evaluate(rest, values, lookup)), shape)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Verdict:
-    """What was found of a mask, without the site: a mask, or a code and a reason."""
-
-    mask: BandMask | None = None
-    residuals: tuple[Residual, ...] = ()
-    method: str = ""
-    valid_for: tuple[str, ...] = ()
-    code: str = ""
-    reason: str = ""
-    kind: Kind = Kind.UNKNOWN
-    witness: Witness | None = None
-
-
-# ---------------------------------------------------------------------------------------------- 1. run-time factors
-
-
-def _factor_out(visible: Expr, axes: Axes) -> tuple[tuple[Residual, ...], Expr]:
-    """(factors on run-time data, the mask where they all hold). Each factor hides for certain where it does not hold."""
-    residuals: list[Residual] = []
-    rest = visible
-    for literal in _literals(visible):
-        for factor, hides in ((literal, FALSE), (not_(literal), TRUE)):
-            residual = _residual(factor, axes)
-            if residual and substitute(rest, {literal: hides}) == FALSE:
-                residuals.append(residual)
-                rest = substitute(rest, {literal: not_(hides)})
-                break
-    return tuple(residuals), rest
-
-
-def _residual(factor: Expr, axes: Axes) -> Residual | None:
-    """The factor as an operand: a condition on (batch, key), or one label for query and key."""
-    nodes = set(walk(factor))
-    if axes.key in nodes and axes.query not in nodes and axes.head not in nodes:
-        return Residual(kind=ResidualKind.KEY_PADDING, condition=factor, data=factor)
-    labels = [node for node in nodes if node.op is Op.APPLY and node.sort is Sort.INT and axes.key in node.args]
-    for label in labels:
-        other = substitute(label, {axes.key: axes.query})
-        if axes.head not in nodes and factor == eq(label, other):
-            return Residual(kind=ResidualKind.SEGMENTS, condition=factor, data=label)
+            steps = to_integer(distance)
+        except NotInteger:
+            continue
+        for sign, ahead in ((1.0, sub(axes.key, axes.query)), (-1.0, sub(axes.query, axes.key))):
+            same_row = axes.key not in walk(sub(steps, ahead))
+            if same_row or is_valid(or_(not_(visible), eq(steps, ahead))):
+                return real_mul(slope, real(sign))
     return None
 
 
-def _literals(expr: Expr) -> Iterator[Expr]:
-    """Comparisons and conditions that read run-time data, in a stable order."""
-    found = {node for node in walk(expr) if node.op in (Op.LE0, Op.EQ0) or (node.op is Op.APPLY and node.sort is Sort.BOOL)}
-    yield from sorted((node for node in found if _data(node)), key=lambda node: node.digest)
+# ------------------------------------------------------------------------------------------------------- 3. the claim
 
 
-def _data(expr: Expr) -> set[str]:
-    return {node.name for node in walk(expr) if node.op is Op.APPLY}
+def _prove_formula(visible: Expr, rest: Expr, residuals: tuple[Residual, ...], added: tuple[Residual, ...], axes: Axes) -> Verdict:
+    """The verdict on `visible`, which is `rest` and the residuals; `added` are terms that come to visible scores."""
+    data = run_time_data(rest)
+    bands = [] if data else [_with_labels(band, residuals) for band in candidate_bands(rest, axes)]
+    factors = and_(*(residual.condition for residual in residuals))
+    try:
+        for band in bands:
+            held = _holds(visible, and_(claim_of(band, axes), factors), axes)
+            if held is not None:
+                kind = Kind.FULL if band.is_full else Kind.SLIDING
+                valid_for = (*_fixed_sizes(axes), *held)
+                return _placed(Verdict(mask=band, residuals=residuals, method="smt", valid_for=valid_for, kind=kind), added, axes)
+        return _refuted(visible, rest, factors, data, bands, axes)
+    except (Undecided, Untranslatable) as error:
+        return Verdict(code="undecided", reason=f"the solver could not decide the mask: {error}")
 
 
-# ------------------------------------------------------------------------------------------------- 2. the candidate
+def _with_labels(band: BandMask, residuals: tuple[Residual, ...]) -> BandMask:
+    """An unwindowed band stands where the segments' labels say; a window's own place is for the proof to decide."""
+    places = [residual.alignment for residual in residuals if residual.alignment is not None]
+    unbounded = band.left is None and band.right is None
+    return BandMask(left=None, right=None, alignment=places[0]) if places and unbounded else band
 
 
-def _candidate(rest: Expr, axes: Axes) -> BandMask | None:
-    """The band that single cells speak for, None if they speak for none."""
-    constants = _constants(rest)
-    alone = axes.queries == ONE and axes.keys != ONE
-    for alignment in (Alignment.BOTTOM_RIGHT,) if alone else (Alignment.TOP_LEFT, Alignment.BOTTOM_RIGHT):
-        probe = _Probe(rest, axes, alignment)
-        left = probe.reach(constants, sign=-1)
-        right = probe.reach(constants, sign=1)
-        if left is not None and right is not None:
-            right = 0 if alone and right == FAR else right  # no key lies to the right of the last query: causal says it best
-            return BandMask(left=None if left == FAR else left, right=None if right == FAR else right, alignment=alignment)
-        if sub(axes.queries, axes.keys) == integer(0):
-            break
+def _placed(verdict: Verdict, added: tuple[Residual, ...], axes: Axes) -> Verdict:
+    """A proven verdict with the additive terms, refused where labels of queries are read at another place than the band stands."""
+    band = verdict.mask
+    if verdict.code or band is None:
+        return verdict
+    apart = [residual for residual in verdict.residuals if residual.alignment not in (None, band.alignment)]
+    if apart and axes.queries != axes.keys:
+        return Verdict(code="segments-place", mask=band, reason=f"the segments of queries are read at another place than the band {band} stands: "
+                       f"{apart[0].condition}")  # fmt: skip
+    return replace(verdict, residuals=(*verdict.residuals, *added))
+
+
+def _holds(visible: Expr, claim: Expr, axes: Axes) -> tuple[str, ...] | None:
+    """The guards under which visible <=> claim is proven, weakest first; None where there is none."""
+    for largest in LIMITS if uses_machine_numbers(visible) else (None,):
+        if always_equal(visible, claim, axes, largest=largest) is None:
+            return () if largest in (None, MAX_SIZE) else (f"sizes <= {largest}",)
+    apart = const_int(sub(axes.keys, axes.queries)) is None
+    if apart and always_equal(visible, claim, axes, given=le(axes.queries, axes.keys)) is None:
+        return ("keys >= queries",)
     return None
 
 
-def _constants(expr: Expr) -> list[int]:
-    """Distances worth probing: constants of the formula and their neighbours, both signs."""
-    found = {0}
-    for node in walk(expr):
-        if node.op is Op.SUM:
-            found.add(abs(node.value[0]))  # type: ignore[index]
-        elif (value := const_int(node)) is not None:
-            found.add(abs(value))
-    near = {base + step for base in found for step in (-2, -1, 0, 1, 2)}
-    return sorted(near | {-value for value in near})
+def _always(condition: Expr, claim: Expr, axes: Axes) -> bool:
+    try:
+        return _holds(condition, claim, axes) == ()
+    except (Undecided, Untranslatable):
+        return False
 
 
-class _Probe:
-    """Looks at single cells of a mask without run-time data, at lengths far beyond the constants in it."""
-
-    def __init__(self, mask: Expr, axes: Axes, alignment: Alignment) -> None:
-        self.mask, self.axes = mask, axes
-        sizes = {node for extent in (axes.queries, axes.keys, mask) for node in walk(extent) if node.op is Op.SYMBOL and not node.args}
-        self.sizes: dict[Expr, Number] = dict.fromkeys(sizes, FAR)
-        self.queries = int(evaluate(axes.queries, self.sizes))
-        self.keys = int(evaluate(axes.keys, self.sizes))
-        self.offset = self.keys - self.queries if alignment is Alignment.BOTTOM_RIGHT else 0
-
-    def shows(self, q_idx: int, distance: int) -> bool | None:
-        """Whether query sees the key at this distance, None outside the mask."""
-        kv_idx = q_idx + self.offset + distance
-        if not (0 <= q_idx < self.queries and 0 <= kv_idx < self.keys):
-            return None
-        values = self.sizes | {self.axes.query: q_idx, self.axes.key: kv_idx, self.axes.batch: 0, self.axes.head: 0}
-        try:
-            return bool(evaluate(self.mask, values))
-        except NotEvaluable:
-            return None
-
-    def reach(self, constants: Iterable[int], sign: int) -> int | None:
-        """The band's bound to the left (sign -1) or right (+1): FAR if the mask shows all to its edge, None if no bound fits."""
-        q_idx = self.queries - 1 if sign < 0 else 0
-        bounds = [
-            bound for bound in constants if self.shows(q_idx, sign * bound) and self.shows(q_idx, sign * (bound + 1)) is False
-        ]
-        if bounds:
-            return max(bounds)
-        edge = q_idx + self.offset if sign < 0 else self.keys - 1 - self.offset
-        return FAR if self.shows(q_idx, sign * edge) else None
-
-
-# ----------------------------------------------------------------------------------------------------- 3. the claim
-
-
-def _claim(band: BandMask, axes: Axes) -> Expr:
-    """The band as a condition on the axes."""
-    offset = sub(axes.keys, axes.queries) if band.alignment is Alignment.BOTTOM_RIGHT else integer(0)
-    distance = sub(axes.key, add(axes.query, offset))
-    left = TRUE if band.left is None else le(neg(integer(band.left)), distance)
-    right = TRUE if band.right is None else le(distance, integer(band.right))
-    return and_(left, right)
-
-
-def _valid_for(axes: Axes) -> tuple[str, ...]:
-    """Sizes that the model itself fixes; none where the proof holds for all."""
+def _fixed_sizes(axes: Axes) -> tuple[str, ...]:
+    """Sizes that the model itself fixes."""
     fixed = [(name, const_int(extent)) for name, extent in (("queries", axes.queries), ("keys", axes.keys))]
     return tuple(f"{name} == {value}" for name, value in fixed if value is not None)
 
 
-def _band_of_cells(shown: np.ndarray, residuals: tuple[Residual, ...]) -> _Verdict:
-    batches, heads, queries, keys = shown.shape
-    for batch, head in product(range(batches), range(heads)):
-        if not np.array_equal(shown[batch, head], shown[0, 0]):
-            query, key = (int(i[0]) for i in np.nonzero(shown[batch, head] != shown[0, 0]))
-            witness = Witness(batch=batch, head=head, query=query, key=key, sizes=(), mask_shows=bool(shown[batch, head, query, key]))
-            return _Verdict(code="differs", reason="the mask differs between batches or heads", witness=witness)
-    sides = band_of(shown[0, 0])
-    if sides is None:
-        return _Verdict(code="not-a-band", reason="the constant mask is not a band", witness=_odd_cell(shown[0, 0]))
-    mask = BandMask(left=sides[0], right=sides[1])
-    return _Verdict(mask=mask, residuals=residuals, method="enumeration", valid_for=(f"queries == {queries}", f"keys == {keys}"))
+# ------------------------------------------------------------------------------------------------- 5. other kinds
 
 
-def _odd_cell(shown: np.ndarray) -> Witness | None:
-    """A cell in which the mask differs from the widest band that its outermost visible cells span."""
-    distance = np.arange(shown.shape[1])[None, :] - np.arange(shown.shape[0])[:, None]
-    seen = distance[shown]
-    if not seen.size:
+def _refuted(visible: Expr, rest: Expr, factors: Expr, data: set[str], bands: list[BandMask], axes: Axes) -> Verdict:
+    for pattern in _proven_patterns(rest, axes):
+        witness = always_equal(visible, and_(claim_of(pattern.band, axes), factors), axes)
+        if witness is not None:
+            reason = f"expected a band, found {pattern.words}: the mask differs from the band {pattern.band}"
+            return Verdict(code=pattern.kind.replace("_", "-"), kind=pattern.kind, mask=pattern.band, witness=witness, reason=reason)
+    if data:
+        names = ", ".join(sorted(data))
+        return Verdict(code="data-dependent", reason=f"the mask depends on run-time data that is neither key padding nor a segment: {names}")
+    if (overflow := _overflow(visible, factors, bands, axes)) is not None:
+        return overflow
+    nearest = "no band fits" if not bands else f"the nearest band is {bands[0]}"
+    claim = TRUE if not bands else claim_of(bands[0], axes)
+    witness = always_equal(visible, and_(claim, factors), axes)
+    return Verdict(code="not-a-band", reason=f"the mask is not a band: {nearest}", witness=witness)
+
+
+def _proven_patterns(rest: Expr, axes: Axes) -> Iterator[Pattern]:
+    for pattern in patterns(rest, axes):
+        try:
+            if _holds(rest, pattern.claim, axes) is not None:
+                yield pattern
+        except (Undecided, Untranslatable):
+            continue
+
+
+def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -> Verdict | None:
+    """Whether the mask is a band but for overflow: the witness is a cell where arithmetic goes wrong."""
+    if not uses_machine_numbers(visible):
         return None
-    differs = np.argwhere(shown != ((distance >= seen.min()) & (distance <= seen.max())))
-    query, key = (int(i) for i in differs[0])
-    return Witness(batch=0, head=0, query=query, key=key, sizes=(), mask_shows=bool(shown[query, key]))
+    for band in bands:
+        claim = and_(claim_of(band, axes), factors)
+        if always_equal(_ideal(visible), claim, axes) is None:
+            limit = LIMITS[-1]
+            reason = (f"the mask is the band {band} only while positions fit their data type: expected that for sizes up to {limit}, "
+                      "found arithmetic that overflows or loses digits below that")  # fmt: skip
+            return Verdict(code="overflow", mask=band, reason=reason, witness=always_equal(visible, claim, axes, largest=limit))
+    return None
+
+
+def _ideal(expr: Expr) -> Expr:
+    """The formula with integers instead of machine numbers."""
+    return transform(expr, lambda node: _ideal(node.args[0]) if node.op in (Op.WRAP, Op.ROUND) else None)

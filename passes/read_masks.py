@@ -12,7 +12,7 @@ from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 RULES: Mapping[str, Rule] = sources.RULES | elementwise.RULES | views.RULES | lookups.RULES | compute.RULES
 KEEPS_DTYPE = ("add", "sub", "mul", "div", "neg", "abs", "min", "max", "pow", "sqrt", "exp", "tanh", "reciprocal", "floordiv", "mod")
-GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan")
+GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan", "any")
 
 
 @dataclass(slots=True, kw_only=True)

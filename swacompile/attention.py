@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from swacompile.band import BandMask
+from swacompile.band import Alignment, BandMask
 from swacompile.index_expr import Expr
 
 
@@ -69,7 +69,8 @@ class Attention:
 
     `visible` is the condition under which a query sees a key, `zeroed` the condition under which a score is multiplied by zero (FALSE
     where it never is). `output` is (B,H,S,V), or (B*H,S,V) where `merged_output`. `sinks` names a value of shape (H,), or holds the one
-    number that all heads share. `mask_form` says how the mask is applied, for people.
+    number that all heads share. `mask_form` says how the mask is applied, for people. `bias` is what is added to visible scores (a formula
+    on the axes), None for nothing.
     """
 
     node: str
@@ -93,6 +94,7 @@ class Attention:
     sinks: str | float | None
     masked_rows: MaskedRows
     assumptions: tuple[str, ...]
+    bias: Expr | None = None
 
 
 class ResidualKind(StrEnum):
@@ -100,19 +102,24 @@ class ResidualKind(StrEnum):
 
     KEY_PADDING = "key_padding"
     SEGMENTS = "segments"
+    BIAS = "bias"
+    ALIBI = "alibi"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residual:
     """A run-time factor of the mask: a condition on (batch, key), or equality of a per-position label.
 
-    `condition` is the factor as it stands in the mask; `data` is the formula of the operand's element at (batch, key): a boolean for
-    KEY_PADDING, an integer for SEGMENTS.
+    `condition` is the factor as it stands in the mask; `data` is the formula of the operand's element: a boolean at (batch, key) for
+    KEY_PADDING, an integer at (batch, key) for SEGMENTS. Of the additive kinds the condition is TRUE and the data a real number: at
+    (batch, head, query, key) for BIAS, the slope at (head) for ALIBI. `alignment` is where query 0 stands for a label, None where that does
+    not matter.
     """
 
     kind: ResidualKind
     condition: Expr
     data: Expr
+    alignment: Alignment | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,8 +96,8 @@ def _slice(ops: Operands) -> tuple[Index, IndexMap]:
         extent = operand.shape[axis]
         if step < 1:
             raise Unreadable("a slice with a step below 1")
-        first = clamp(start, extent)
-        length = sub(clamp(end, extent), first)
+        first, last = (start, end) if ops.integer("exact", 0) else (clamp(start, extent), clamp(end, extent))
+        length = sub(last, first)
         shape[axis] = length if step == 1 else floordiv(add(length, integer(step - 1)), integer(step))
         origin[axis] = (first, step)
 
