@@ -7,7 +7,7 @@ source name and is opaque: its result is run-time data. Values are named as in t
     elementwise  add sub mul div truncdiv floordiv mod neg abs min max pow sqrt reciprocal exp tanh
                  lt le gt ge eq ne and or xor not where isnan cast [dtype] identity
     views        reshape(x, shape) [allowzero], expand(x, shape), unsqueeze [axes], squeeze [axes or None], transpose [perm],
-                 slice(x, starts, ends, axes, steps), flatten [axis], concat [axis]
+                 slice(x, starts, ends, axes, steps) [exact: the bounds lie inside], flatten [axis], concat [axis]
     lookups      gather(x, indices) [axis], gather_nd(x, indices) [batch_dims], index(x, indices...) [axes], trilu(x, k) [upper], cumsum(x, axis)
     compute      matmul, softmax [axis], attention [see detect_attention], reduce_max [axes, keepdims] and the like
 """

@@ -7,7 +7,7 @@ from torch import fx
 
 from swacompile.frontends.fx_call import Call, Result, Untranslated, op
 from swacompile.graph import FLOATS
-from swacompile.index_expr import ONE, ZERO, Expr, add, at_least, const_int, integer, sub
+from swacompile.index_expr import ONE, ZERO, Expr, add, at_least, const_int, integer, mul, sub
 
 END = 2**63 - 1
 
@@ -240,21 +240,24 @@ def _slice(call: Call) -> Result:
     return _cut(call, call[0], call.axis(call[0], call.get("dim")), start, end, step)
 
 
-def _cut(call: Call, source: object, axis: int, start: object, end: object, step: int = 1) -> Result:
+def _cut(call: Call, source: object, axis: int, start: "int | torch.SymInt | None", end: "int | torch.SymInt | None", step: int) -> Result:
     value = call.tensor(source)
     whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**31 - 1))
     if whole and step == 1:
         return op("identity", value)
     vector = call.graph.vector
-    first, last = 0 if start is None else start, END if end is None else end
-    return op("slice", value, vector([first]), vector([last]), vector([axis]), vector([step]))  # type: ignore[list-item]
+    first = call.graph.sizes.of(0 if start is None else start)
+    if at_least(first, 0):  # a slice that has rows starts inside, and the metadata hold their number
+        last = add(first, mul(integer(step), sub(call.extent(call.node, axis), ONE)), ONE)
+        return op("slice", value, vector([first]), vector([last]), vector([axis]), vector([step]), exact=1)
+    return op("slice", value, vector([first]), vector([END if end is None else end]), vector([axis]), vector([step]))
 
 
 def _narrow(call: Call) -> Result:
     start = _position(call, call.get("start"), call.axis(call[0], call.get("dim")))
     end = add(start, call.graph.sizes.of(call.number(call.get("length"))))
     vector = call.graph.vector
-    return op("slice", call.tensor(call[0]), vector([start]), vector([end]), vector([call.axis(call[0], call.get("dim"))]), vector([1]))
+    return op("slice", call.tensor(call[0]), vector([start]), vector([end]), vector([call.axis(call[0], call.get("dim"))]), vector([1]), exact=1)
 
 
 def _select(call: Call) -> Result:
@@ -265,7 +268,7 @@ def _select(call: Call) -> Result:
 
 def _take(call: Call, source: object, axis: int, position: Expr) -> Result:
     vector = call.graph.vector
-    row = call.emit("slice", call.tensor(source), vector([position]), vector([add(position, ONE)]), vector([axis]), vector([1]))
+    row = call.emit("slice", call.tensor(source), vector([position]), vector([add(position, ONE)]), vector([axis]), vector([1]), exact=1)
     return op("squeeze", row, axes=[axis])
 
 
@@ -292,7 +295,7 @@ def _part(call: Call) -> Result:
     start = add(*(call.graph.sizes.of(piece.shape[axis]) for piece in pieces[:position])) if position else ZERO
     end = add(start, call.graph.sizes.of(pieces[position].shape[axis]))
     vector = call.graph.vector
-    return op("slice", call.tensor(cut[0]), vector([start]), vector([end]), vector([axis]), vector([1]))
+    return op("slice", call.tensor(cut[0]), vector([start]), vector([end]), vector([axis]), vector([1]), exact=1)
 
 
 def _repeat_interleave(call: Call) -> Result:
@@ -353,8 +356,8 @@ def _diff(call: Call) -> Result:
     whole = call.emit("concat", *(call.tensor(part) for part in given), axis=axis) if len(given) > 1 else call.tensor(call[0])
     length = add(*(call.extent(part, axis) for part in given))
     vector = call.graph.vector
-    later = call.emit("slice", whole, vector([1]), vector([length]), vector([axis]), vector([1]))
-    earlier = call.emit("slice", whole, vector([0]), vector([sub(length, ONE)]), vector([axis]), vector([1]))
+    later = call.emit("slice", whole, vector([1]), vector([length]), vector([axis]), vector([1]), exact=1)
+    earlier = call.emit("slice", whole, vector([0]), vector([sub(length, ONE)]), vector([axis]), vector([1]), exact=1)
     return op("sub", later, earlier)
 
 
@@ -378,9 +381,9 @@ def _replaced(call: Call, base: object, part: str, length: Expr, axis: int, star
     end = add(start, length)
     pieces = [part]
     if start != ZERO:
-        pieces.insert(0, call.emit("slice", value, vector([0]), vector([start]), vector([axis]), vector([1])))
+        pieces.insert(0, call.emit("slice", value, vector([0]), vector([start]), vector([axis]), vector([1]), exact=1))
     if end != extent:
-        pieces.append(call.emit("slice", value, vector([end]), vector([extent]), vector([axis]), vector([1])))
+        pieces.append(call.emit("slice", value, vector([end]), vector([extent]), vector([axis]), vector([1]), exact=1))
     return op("concat", *pieces, axis=axis) if len(pieces) > 1 else op("identity", part)
 
 
@@ -630,7 +633,8 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm"), _like_first("normalize")),
     **dict.fromkeys(("sum", "mean", "prod", "amin", "var", "std", "linalg_vector_norm", "norm", "argmax", "argmin", "min"), _reduce("reduce")),
     **dict.fromkeys(("amax", "max"), _reduce("reduce_max")),
-    **dict.fromkeys(("any", "all"), _reduce("reduce")),
+    "any": _reduce("any"),
+    "all": _reduce("reduce"),
     **dict.fromkeys(("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as", "ravel", "_reshape_alias"), _reshape),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims"), _transpose),
