@@ -316,7 +316,8 @@ def _chain(graph: Graph, value: str, ops: Sequence[str]) -> list[Node] | None:
 def _number(reading: Reading, value: str) -> float | None:
     """The number that all elements of a value are, None if there is none."""
     tensor = reading.tensors.get(value)
-    return const_real(tensor.at(*[ZERO] * tensor.rank)) if tensor else None
+    anywhere = tuple(index(f"i{axis}", extent) for axis, extent in enumerate(tensor.shape)) if tensor else ()
+    return const_real(tensor.at(*anywhere)) if tensor else None
 
 
 def _without_row_terms(reading: Reading, found: tuple[Case, ...], axes: Axes) -> tuple[Case, ...]:
