@@ -100,7 +100,23 @@ def banded_attention_function(body: Body) -> onnx.FunctionProto:
     lines = "\n".join(line for part in parts for line in part())
     signature = f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(body.inputs())}) => (output)"
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>'
-    return onnx.parser.parse_function(f"{header}\n{signature} {{\n{lines}\n}}")
+    function = onnx.parser.parse_function(f"{header}\n{signature} {{\n{lines}\n}}")
+    _drop_unused(function)
+    return function
+
+
+def _drop_unused(function: onnx.FunctionProto) -> None:
+    """Remove nodes that no output depends on: ONNX Runtime would run them."""
+    needed = set(function.output)
+    kept = []
+    for node in reversed(function.node):
+        if needed.isdisjoint(node.output):
+            continue
+        kept.append(node)
+        branches = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        needed.update(node.input, *(inner.input for branch in branches for inner in branch.node))
+    del function.node[:]
+    function.node.extend(reversed(kept))
 
 
 class _Writer:
@@ -125,20 +141,23 @@ class _Writer:
         yield f"{name}_axis = Constant<value_ints = [{axis}]>()"
         yield f"{name} = Gather({name}_all, {name}_axis)"
 
+    def _int(self, name: str, source: str) -> str:
+        return f"{name} = Cast<to = {TensorProto.INT32}>({source})"
+
     def numbers(self) -> Iterator[str]:
         for name, value in (("zero", 0), ("one", 1), ("far", FAR)):
-            yield f"{name} = Constant<value_int = {value}>()"
+            yield f"{name}_long = Constant<value_int = {value}>()"
+            yield self._int(name, f"{name}_long")
         for name, values in (("zero_1", [0]), ("one_1", [1]), ("last", [-1]), ("middle_axes", [1, 2])):
             yield f"{name} = Constant<value_ints = {values}>()"
         yield f"lowest_float = Constant<value_float = {LOWEST[self.body.elem_type]:.8e}>()"
         yield self._typed("lowest", "lowest_float")
-        if self._uses(Optional.BIAS):
-            yield "nothing_float = Constant<value_float = 0.0>()"
-            yield self._typed("nothing", "nothing_float")
-            yield "minus_infinity = Add(lowest, lowest)"
+        yield "nothing_float = Constant<value_float = 0.0>()"
+        yield self._typed("nothing", "nothing_float")
+        yield "minus_infinity = Add(lowest, lowest)"
 
     def sizes(self) -> Iterator[str]:
-        """Extents, (1,) or () each; and query, key, value in the order (B,H,S,D)."""
+        """Extents; and query, key, value in the order (B,H,S,D)."""
         head_axis, length_axis = (1, 2) if self.body.heads_first else (2, 1)
         yield from self._size("batch_1", "query", 0)
         yield from self._size("heads_1", "query", head_axis)
@@ -147,50 +166,54 @@ class _Writer:
         yield from self._size("kv_heads_1", "key", head_axis)
         yield from self._size("size_1", "query", 3)
         yield from self._size("value_size_1", "value", 3)
-        yield "queries = Squeeze(queries_1)"
-        yield "keys = Squeeze(keys_1)"
+        for name in ("queries", "keys"):
+            yield f"{name}_long = Squeeze({name}_1)"
+            yield self._int(name, f"{name}_long")
         for name in ("query", "key", "value"):
             move = "Identity" if self.body.heads_first else "Transpose<perm = [0, 2, 1, 3]>"
             yield f"{name}_4d = {move}({name})"
 
     def window(self) -> Iterator[str]:
-        """`kv_idx` (T,); `first_key` and `last_key` (S,1): what each query may see of them. All int32."""
+        """`kv_idx` (T,); `position`, `first_key`, `last_key` (S,1): a query's place and what it may see. All int32."""
+        start = "zero"
         if self._uses(Optional.OFFSET):
-            yield "offset_or_alignment = Identity(offset)"
-        else:
-            from_end = self.body.alignment == "bottom_right"
-            yield "offset_or_alignment = " + ("Sub(keys, queries)" if from_end else "Identity(zero)")
-        yield "end = Add(offset_or_alignment, queries)"
-        yield "positions = Range(offset_or_alignment, end, one)"
+            yield self._int("first_position", "offset")
+            start = "first_position"
+        elif self.body.alignment == "bottom_right":
+            yield "first_position = Sub(keys, queries)"
+            start = "first_position"
+        end = "queries"
+        if start != "zero":
+            yield "end_position = Add(first_position, queries)"
+            end = "end_position"
+        yield f"positions = Range({start}, {end}, one)"
+        yield "position = Unsqueeze(positions, last)"
+        yield "kv_idx = Range(zero, keys, one)"
         for side in ("left", "right"):
-            yield f"{side}_size = Constant<value_int: int = @{side}_window_size>()"
-            yield f"{side}_open = Less({side}_size, zero)"
-            yield f"{side} = Where({side}_open, far, {side}_size)"
-        yield "window_start = Sub(positions, left)"
-        yield "window_end = Add(positions, right)"
-        bounds = ("window_start", "window_end")
-        if self._uses(Optional.CHUNKS) and not self.body.zeroed:
-            yield from self._chunks(*bounds)
-            bounds = ("start_in_chunk", "end_in_chunk")
-        for name, bound in zip(("first_key", "last_key"), bounds, strict=True):
-            yield f"{name}_row = Cast<to = {TensorProto.INT32}>({bound})"
-            yield f"{name} = Unsqueeze({name}_row, last)"
-        yield "key_range = Range(zero, keys, one)"
-        yield f"kv_idx = Cast<to = {TensorProto.INT32}>(key_range)"
+            yield f"{side}_long = Constant<value_int: int = @{side}_window_size>()"
+            yield f"{side}_is_open = Less({side}_long, zero_long)"
+            yield f"{side}_or_far = Where({side}_is_open, far_long, {side}_long)"
+            yield self._int(side, f"{side}_or_far")
+        chunks = self._uses(Optional.CHUNKS) and not self.body.zeroed
+        yield ("window_start" if chunks else "first_key") + " = Sub(position, left)"
+        yield ("window_end" if chunks else "last_key") + " = Add(position, right)"
+        if chunks:
+            yield from self._chunks()
 
-    def _chunks(self, start: str, end: str) -> Iterator[str]:
+    def _chunks(self) -> Iterator[str]:
         """A query sees its own chunk only. Mod rounds down, as negative positions need."""
-        yield "chunk = Constant<value_int: int = @chunk_size>()"
+        yield "chunk_long = Constant<value_int: int = @chunk_size>()"
+        yield self._int("chunk", "chunk_long")
         yield "has_chunks = Greater(chunk, zero)"
         yield "divisor = Where(has_chunks, chunk, one)"
-        yield "place_in_chunk = Mod(positions, divisor)"
-        yield "chunk_start = Sub(positions, place_in_chunk)"
+        yield "place_in_chunk = Mod(position, divisor)"
+        yield "chunk_start = Sub(position, place_in_chunk)"
         yield "next_chunk = Add(chunk_start, chunk)"
         yield "chunk_end = Sub(next_chunk, one)"
-        yield f"later_start = Max({start}, chunk_start)"
-        yield f"earlier_end = Min({end}, chunk_end)"
-        yield f"start_in_chunk = Where(has_chunks, later_start, {start})"
-        yield f"end_in_chunk = Where(has_chunks, earlier_end, {end})"
+        yield "later_start = Max(window_start, chunk_start)"
+        yield "earlier_end = Min(window_end, chunk_end)"
+        yield "first_key = Where(has_chunks, later_start, window_start)"
+        yield "last_key = Where(has_chunks, earlier_end, window_end)"
 
     def mask(self) -> Iterator[str]:
         """`outside` (S,T): not in the band. `penalty`, (S,T) to (B,1,S,T): what hides a key, or 0."""
@@ -217,18 +240,18 @@ class _Writer:
 
     def _segments(self) -> Iterator[str]:
         """`other_segment` (B,1,S,T). A query at no key's position has no segment; one label is the neutral operand."""
-        yield "segments_shape = Shape(segments)"
-        yield "labels_1 = Gather(segments_shape, one_1)"
-        yield "last_label = Sub(labels_1, one_1)"
-        yield "labelled = Min(positions, last_label)"
-        yield "known = Max(labelled, zero_1)"
-        yield "is_known = Equal(known, positions)"
+        yield from self._size("labels_1", "segments", 1)
+        yield self._int("labels", "labels_1")
+        yield "last_label = Sub(labels, one)"
+        yield "not_after = Min(positions, last_label)"
+        yield "labelled = Max(not_after, zero)"
+        yield "is_labelled = Equal(labelled, positions)"
         yield "label_count = Size(segments)"
-        yield "is_neutral = Equal(label_count, one)"
-        yield "has_label = Or(is_known, is_neutral)"
+        yield "is_neutral = Equal(label_count, one_long)"
+        yield "has_label = Or(is_labelled, is_neutral)"
         yield "no_label = Not(has_label)"
         yield "no_label_column = Unsqueeze(no_label, last)"
-        yield "query_labels = Gather<axis = 1>(segments, known)"
+        yield "query_labels = Gather<axis = 1>(segments, labelled)"
         yield "query_label_axes = Constant<value_ints = [1, 3]>()"
         yield "query_labels_4d = Unsqueeze(query_labels, query_label_axes)"
         yield "key_labels_4d = Unsqueeze(segments, middle_axes)"
@@ -237,38 +260,53 @@ class _Writer:
         yield "other_segment = Or(other_label, no_label_column)"
 
     def scores(self) -> Iterator[str]:
-        """`score` (B,H,S,T). Query heads that share a key head are rows of one product, so keys are not repeated."""
-        yield "scale_float = Constant<value_float: float = @scale>()"
-        yield self._typed("scale_typed", "scale_float")
-        rows = "query_4d"
+        """`score` (B,H,S,T). With grouped heads (B,K,H/K,S,T), so that keys are broadcast and not repeated."""
+        yield from self._scale()
+        query, key, order = "query_4d", "key_4d", "0, 1, 3, 2"
         if self.body.grouped:
-            yield "rows_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, size_1)"
-            yield "query_rows = Reshape(query_4d, rows_shape)"
-            rows = "query_rows"
-        yield f"scaled = Mul({rows}, scale_typed)"
-        yield "key_t = Transpose<perm = [0, 1, 3, 2]>(key_4d)"
-        yield "product_rows = MatMul(scaled, key_t)"
-        product = "product_rows"
+            yield "query_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, queries_1, size_1)"
+            yield "query_5d = Reshape(query_4d, query_shape)"
+            yield "group_axis = Constant<value_ints = [2]>()"
+            yield "key_5d = Unsqueeze(key_4d, group_axis)"
+            query, key, order = "query_5d", "key_5d", "0, 1, 2, 4, 3"
+        yield f"key_t = Transpose<perm = [{order}]>({key})"
+        # ONNX Runtime joins a product of float32 and the Mul after it into one kernel, and only that.
+        if self.body.elem_type == TensorProto.FLOAT:
+            yield f"product = MatMul({query}, key_t)"
+            yield "scaled = Mul(product, inner_scale)"
+        else:
+            yield f"scaled_query = Mul({query}, inner_scale)"
+            yield "scaled = MatMul(scaled_query, key_t)"
+        scaled = "scaled"
         if self.body.grouped:
-            yield "product_shape = Concat<axis = 0>(zero_1, heads_1, last, keys_1)"
-            yield "product = Reshape(product_rows, product_shape)"
-            product = "product"
+            yield "score_shape = Concat<axis = 0>(zero_1, heads_1, queries_1, keys_1)"
+            yield "scaled_4d = Reshape(scaled, score_shape)"
+            scaled = "scaled_4d"
         if self._uses(Optional.SOFTCAP):
-            yield from self._softcap(product)
-            product = "capped"
-        yield f"score = Identity({product})"
+            yield from self._softcap(scaled)
+        else:
+            yield f"score = Identity({scaled})"
 
-    def _softcap(self, product: str) -> Iterator[str]:
+    def _scale(self) -> Iterator[str]:
+        """`inner_scale`: what the product is multiplied by, inside of tanh where there is a cap."""
+        yield "scale = Constant<value_float: float = @scale>()"
+        if not self._uses(Optional.SOFTCAP):
+            yield self._typed("inner_scale", "scale")
+            return
+        yield "cap_float = Constant<value_float: float = @softcap>()"
+        yield "has_cap = Greater(cap_float, nothing_float)"
+        yield "scale_in_cap = Div(scale, cap_float)"
+        yield "inner_scale_float = Where(has_cap, scale_in_cap, scale)"
+        yield self._typed("inner_scale", "inner_scale_float")
+        yield self._typed("cap", "cap_float")
+
+    def _softcap(self, scaled: str) -> Iterator[str]:
         """An If, because runtimes fold one whose condition is constant: nodes without a cap then cost nothing."""
         element = TensorProto.DataType.Name(self.body.elem_type).lower()
-        yield "cap_float = Constant<value_float: float = @softcap>()"
-        yield "no_cap = Constant<value_float = 0.0>()"
-        yield "has_cap = Greater(cap_float, no_cap)"
-        yield self._typed("cap", "cap_float")
         yield (
-            f"capped = If(has_cap) <then_branch = cap_graph () => ({element}[] bent) {{"
-            f" fraction = Div({product}, cap) squashed = Tanh(fraction) bent = Mul(squashed, cap) }},"
-            f" else_branch = same_graph () => ({element}[] straight) {{ straight = Identity({product}) }}>"
+            f"score = If(has_cap) <then_branch = cap () => ({element}[] bent) {{"
+            f" squashed = Tanh({scaled}) bent = Mul(squashed, cap) }},"
+            f" else_branch = same () => ({element}[] straight) {{ straight = Identity({scaled}) }}>"
         )
 
     def weights(self) -> Iterator[str]:
@@ -311,12 +349,9 @@ class _Writer:
 
     def _slope_bias(self) -> Iterator[str]:
         """`slope_bias` (H,S,T)."""
-        yield "no_slope = Constant<value_float = 0.0>()"
-        yield from self._per_head("slopes", "alibi_slopes", "no_slope")
+        yield from self._per_head("slopes", "alibi_slopes", "nothing_float")
         yield "slopes_3d = Unsqueeze(slopes, middle_axes)"
-        yield f"positions_row = Cast<to = {TensorProto.INT32}>(positions)"
-        yield "positions_column = Unsqueeze(positions_row, last)"
-        yield "distance = Sub(kv_idx, positions_column)"
+        yield "distance = Sub(kv_idx, position)"
         yield f"distance_float = Cast<to = {TensorProto.FLOAT}>(distance)"
         yield "slope_bias_float = Mul(slopes_3d, distance_float)"
         yield self._typed("slope_bias", "slope_bias_float")
@@ -336,41 +371,40 @@ class _Writer:
         yield f"{name} = Slice({name}_or_neutral, zero_1, heads_1, zero_1)"
 
     def output(self) -> Iterator[str]:
-        value, weight, mixed = "value_4d", "weight", "mixed_rows"
+        value, weight, columns = "value_4d", "weight", "keys_1"
         if self._uses(Optional.SINKS):
             yield "one_row_more = Constant<value_ints = [0, 0, 0, 0, 0, 0, 1, 0]>()"
             yield "value_and_zero = Pad(value_4d, one_row_more)"
-            value = "value_and_zero"
+            yield "columns_1 = Add(keys_1, one_1)"
+            value, columns = "value_and_zero", "columns_1"
         if self.body.grouped:
-            columns = "keys_1"
-            if self._uses(Optional.SINKS):
-                yield "columns_1 = Add(keys_1, one_1)"
-                columns = "columns_1"
-            yield f"weight_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, {columns})"
-            yield "weight_rows = Reshape(weight, weight_shape)"
-            weight = "weight_rows"
-        yield f"mixed_rows = MatMul({weight}, {value})"
-        if self.body.grouped:
-            yield "mixed_shape = Concat<axis = 0>(zero_1, heads_1, last, value_size_1)"
-            yield "mixed = Reshape(mixed_rows, mixed_shape)"
-            mixed = "mixed"
-        yield from self._rows_without_keys(mixed)
+            yield f"weight_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, queries_1, {columns})"
+            yield "weight_5d = Reshape(weight, weight_shape)"
+            yield f"value_5d = Unsqueeze({value}, group_axis)"
+            yield "mixed_5d = MatMul(weight_5d, value_5d)"
+            yield "mixed_shape = Concat<axis = 0>(zero_1, heads_1, queries_1, value_size_1)"
+            yield "mixed = Reshape(mixed_5d, mixed_shape)"
+        else:
+            yield f"mixed = MatMul({weight}, {value})"
+        yield from self._rows_without_keys()
         yield "output = " + ("Identity(rows)" if self.body.heads_first else "Transpose<perm = [0, 2, 1, 3]>(rows)")
 
-    def _rows_without_keys(self, mixed: str) -> Iterator[str]:
+    def _rows_without_keys(self) -> Iterator[str]:
         """`rows` (B,H,S,V): 0 where a query sees no key."""
         if self.body.zeroed and not self._uses(Optional.KEY_PADDING):
-            yield f"rows = Identity({mixed})"
+            yield "rows = Identity(mixed)"
             return
         if self._uses(Optional.KEY_PADDING, Optional.SEGMENTS, Optional.BIAS):
             yield from self._row_sees_by_penalty()
         else:
-            yield from self._row_sees_by_window()
+            yield "starts_in_keys = Less(first_key, keys)"
+            yield "ends_in_keys = GreaterOrEqual(last_key, zero)"
+            yield "row_sees = And(starts_in_keys, ends_in_keys)"
         if self._uses(Optional.BIAS):
-            yield f"rows = Where(row_sees, {mixed}, nothing)"  # the softmax of -inf alone is NaN
+            yield "rows = Where(row_sees, mixed, nothing)"  # the softmax of -inf alone is NaN
         else:
             yield self._typed("row_counts", "row_sees")
-            yield f"rows = Mul({mixed}, row_counts)"
+            yield "rows = Mul(mixed, row_counts)"
 
     def _row_sees_by_penalty(self) -> Iterator[str]:
         """`row_sees`, (S,1) to (B,H,S,1)."""
@@ -380,14 +414,5 @@ class _Writer:
             yield f"mildest = ReduceMax({penalty}, last)"
         else:
             yield f"mildest = ReduceMax<axes = [-1]>({penalty})"
-        yield "row_sees = Greater(mildest, lowest)"
-
-    def _row_sees_by_window(self) -> Iterator[str]:
-        """`row_sees` (S,1)."""
-        yield f"keys_int = Cast<to = {TensorProto.INT32}>(keys_1)"
-        yield f"zero_int = Cast<to = {TensorProto.INT32}>(zero)"
-        yield "ends_after_start = LessOrEqual(first_key, last_key)"
-        yield "starts_in_keys = Less(first_key, keys_int)"
-        yield "ends_in_keys = GreaterOrEqual(last_key, zero_int)"
-        yield "overlaps = And(starts_in_keys, ends_in_keys)"
-        yield "row_sees = And(overlaps, ends_after_start)"
+        hides = "minus_infinity" if self._uses(Optional.BIAS) else "lowest"
+        yield f"row_sees = Greater(mildest, {hides})"

@@ -1,7 +1,7 @@
 """The ONNX Runtime library: compile and link the custom operator with CPU kernels into one shared object, and use it.
 
-The sources are in ort_plugin/. At run time the result needs neither a TVM library nor a compiler, and ONNX Runtime 1.19 or
-newer.
+The sources are in ort_plugin/. At run time the result needs ONNX Runtime 1.19 or newer, and neither a TVM library nor a
+compiler.
 """
 
 import ctypes

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from swacompile.kernels.onnx_function import Body, Optional
 from swacompile.kernels.reference import UNBOUNDED, Call, banded_attention
 
 Array = npt.NDArray[np.generic]
@@ -159,6 +160,30 @@ class Case:
         elif name == "bias":
             shape[2:] = ["queries", "keys"]
         return shape
+
+
+def uses_of(case: Case) -> frozenset[Optional]:
+    """What a function body must know of to serve this case."""
+    uses = {Optional(name) for name in INPUTS[3:] if name in case.operands}
+    if case.softcap:
+        uses.add(Optional.SOFTCAP)
+    if case.chunk_size:
+        uses.add(Optional.CHUNKS)
+    return frozenset(uses)
+
+
+def body_of(*cases: Case, opset: int = 18) -> Body:
+    """The function body for one model with all of these cases."""
+    (first, *_) = cases
+    return Body(
+        opset=opset,
+        elem_type=TENSOR_TYPES[first.dtype],
+        uses=frozenset().union(*map(uses_of, cases)),
+        layout=first.layout,
+        alignment=first.alignment,
+        kind=first.kind,
+        grouped=any(case.heads != case.kv_heads for case in cases),
+    )
 
 
 def model_of(graph: onnx.GraphProto, functions: tuple[onnx.FunctionProto, ...], opset: int) -> onnx.ModelProto:

@@ -57,6 +57,14 @@ def test_neutral_operands_count_as_absent(stand_in_library: Path) -> None:
     assert error_of(output, PLAIN) < TOLERANCE["float32"]
 
 
+def test_a_single_hidden_key_stays_hidden(stand_in_library: Path) -> None:
+    case = PLAIN.but(batch=1, queries=1, keys=1, key_padding=True)
+    case.operands["key_padding"][...] = False
+    assert not run(case, stand_in_library).any()
+    case.operands["key_padding"][...] = True
+    assert run(case, stand_in_library).any()
+
+
 @pytest.mark.parametrize("empty", [{"batch": 0}, {"queries": 0}, {"keys": 0}, {"keys": 0, "sinks": True}])
 def test_empty_tensors(empty: dict[str, int], stand_in_library: Path) -> None:
     case = PLAIN.but(**empty)
@@ -119,7 +127,7 @@ def test_sessions_and_threads_at_once(stand_in_library: Path) -> None:
 
 
 BAD_OPERANDS = [
-    ("causal", "key", np.zeros((2, 2, 37, 24)), "key: expected shape (B, K, T, D) = (2, 2, 37, 16), found (2, 2, 37, 24)"),
+    ("causal", "key", np.zeros((2, 2, 37, 24)), "input key: expected shape (B, K, T, D) = (2, 2, 37, 16), found"),
     ("causal", "key", np.zeros((2, 3, 37, 16)), "(B, K, T, V) = (2, 3, 37, 16), found (2, 2, 37, 16)"),
     ("causal", "query", np.zeros((2, 5, 37, 16)), "query heads that the key heads divide, found 5 and 2"),
     ("key-padding", "key_padding", np.ones((2, 36)), "key_padding: expected shape (B, T) = (2, 37), found (2, 36)"),

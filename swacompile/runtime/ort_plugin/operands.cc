@@ -76,12 +76,15 @@ void check_heads(const Operands& operands, const Attributes& attributes) {
   if (std::max(is.queries, is.keys) > INT32_MAX) throw Error("more than 2147483647 queries or keys");
 }
 
-// (1,1) stands for "absent", except where it is the operand's full shape.
+// One label is all keys' label; one flag is neutral if it is true, so that a single hidden key stays hidden.
+bool is_neutral(const Tensor& single) {
+  return single.type != ElementType::Bool || *static_cast<const uint8_t*>(single.data) != 0;
+}
+
 Tensor read_per_key(const Context& context, Input input, ElementType type, const Sizes& sizes) {
   const Tensor tensor = read_input(context, input, type);
-  const Shape full{sizes.batch, sizes.keys}, neutral{1, 1};
-  if (!tensor.given() || (tensor.shape == neutral && full != neutral)) return {};
-  require_shape(input, tensor, full, "(B, T)");
+  if (!tensor.given() || (tensor.shape == Shape{1, 1} && is_neutral(tensor))) return {};
+  require_shape(input, tensor, {sizes.batch, sizes.keys}, "(B, T)");
   return tensor;
 }
 
