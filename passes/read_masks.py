@@ -10,8 +10,8 @@ from swacompile.passes.index_tensor import Depth, IndexTensor, Sizes, Unreadable
 from swacompile.passes.rules import compute, elementwise, lookups, sources, views
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
-RULES: Mapping[str, Rule] = sources.RULES | elementwise.RULES | views.RULES | lookups.RULES | compute.RULES
-KEEPS_DTYPE = ("add", "sub", "mul", "div", "neg", "abs", "min", "max", "pow", "sqrt", "exp", "tanh", "reciprocal", "floordiv", "mod")
+FAMILIES = (sources, elementwise, views, lookups, compute)
+RULES: Mapping[str, Rule] = {op: rule for family in FAMILIES for op, rule in family.RULES.items()}
 GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan", "any")
 
 

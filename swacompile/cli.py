@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from swacompile import pipeline
-from swacompile.attention import BandProof, Kind
+from swacompile.attention import BandProof, Kind, Refutation
 from swacompile.errors import SwacompileError
 from swacompile.pipeline import Emit
 from swacompile.report.findings import as_json, explain, print_findings, print_outcomes
@@ -110,7 +110,7 @@ def _rewrite_document(done: pipeline.Rewrite) -> dict[str, Any]:
         "kept": [
             {"node": outcome.node, "code": outcome.code, "reason": explain(outcome)}
             for outcome in done.outcomes
-            if outcome not in done.replaced and hasattr(outcome, "code")
+            if isinstance(outcome, Refutation)
         ],
     }
 

@@ -20,7 +20,8 @@ OLDEST_OPSET = 13
 SAME_MEANING = {
     "Abs": "abs", "Add": "add", "And": "and", "Concat": "concat", "CumSum": "cumsum", "Div": "div", "Equal": "eq", "Exp": "exp",
     "Expand": "expand", "Flatten": "flatten", "Gather": "gather", "GatherND": "gather_nd", "Greater": "gt", "GreaterOrEqual": "ge",
-    "Identity": "identity", "IsNaN": "isnan", "Less": "lt", "LessOrEqual": "le", "MatMul": "matmul", "Max": "max", "Min": "min", "Mul": "mul",
+    "Identity": "identity", "IsNaN": "isnan", "Less": "lt", "LessOrEqual": "le", "MatMul": "matmul", "Max": "max", "Min": "min", "Mod": "mod",
+    "Mul": "mul",
     "Neg": "neg", "Not": "not", "Or": "or", "Pow": "pow", "Range": "iota", "Reciprocal": "reciprocal", "Reshape": "reshape",
     "ScatterND": "scatter_nd", "Shape": "shape", "Size": "size", "Slice": "slice", "Softmax": "softmax", "Sqrt": "sqrt", "Squeeze": "squeeze",
     "Sub": "sub", "Tanh": "tanh", "Transpose": "transpose", "Trilu": "trilu", "Unsqueeze": "unsqueeze", "Where": "where", "Xor": "xor",
@@ -163,7 +164,7 @@ def _constant(tensor: ir.TensorProtocol) -> Constant:
     dtype = _dtype_name(tensor.dtype)
     widened = np.float32 if dtype == "bfloat16" else None
     return Constant(
-        dtype=dtype, shape=tuple(int(d) for d in tensor.shape), load=lambda: np.asarray(tensor.numpy(), dtype=widened)
+        dtype=dtype, shape=tuple(tensor.shape.numpy()), load=lambda: np.asarray(tensor.numpy(), dtype=widened)
     )
 
 
@@ -230,7 +231,7 @@ def _constant_of_shape(node: Node, constants: dict[str, Constant]) -> Iterable[N
 
 
 def _cast(node: Node, constants: dict[str, Constant]) -> Iterable[Node]:
-    dtype = _dtype_name(ir.DataType(node.attrs["to"]))
+    dtype = _dtype_name(ir.DataType(int(str(node.attrs["to"]))))
     return (Node(op="cast", name=node.name, inputs=node.inputs[:1], outputs=node.outputs, attrs={"dtype": dtype}),)
 
 
