@@ -6,14 +6,17 @@
 4. blocks: a band, or both the query and the key belong to a marked set (a bidirectional prefix, the tokens of an image).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from swacompile.attention import Axes, Kind
 from swacompile.band import Alignment, BandMask
-from swacompile.index_expr import FALSE, TRUE, Expr, Op, Sort, add, and_, const_int, eq, floordiv, integer, mod, not_, or_, show, sub, substitute, walk
+from swacompile.index_expr import FALSE, TRUE, Expr, Op, Sort, add, and_, const_int, eq, floordiv, integer, mod, not_, or_, show, sub, substitute, truncdiv, walk
 from swacompile.passes.probe_band import Probe, candidate_bands, claim_of
 from swacompile.passes.residuals import offset_of, run_time_data
+
+
+Divide = Callable[[Expr, Expr], Expr]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,25 +53,30 @@ def _chunked(mask: Expr, axes: Axes) -> Iterator[Pattern]:
     for chunk in _divisors(mask, (Op.FLOORDIV, Op.MOD)):
         for alignment in _alignments(axes):
             for shift in _shifts(mask, axes, chunk):
-                yield _chunks(mask, axes, chunk, shift, alignment)
+                for divide in (floordiv, truncdiv) if shift != integer(0) else (floordiv,):
+                    yield _chunks(mask, axes, chunk, shift, alignment, divide)
 
 
 def _shifts(mask: Expr, axes: Axes, chunk: int) -> list[Expr]:
     """Where the first chunk may start: what is taken from the key before it is divided."""
     dividends = [node.args[0] for node in walk(mask) if node.op in (Op.FLOORDIV, Op.MOD) and const_int(node.args[1]) == chunk]
     shifts = [sub(axes.key, dividend) for dividend in dividends] + [integer(0)]
+    shifts += [integer(number % chunk) for number in map(const_int, shifts) if number is not None]
     return list(dict.fromkeys(shift for shift in shifts if not {axes.key, axes.query} & set(walk(shift))))
 
 
-def _chunks(mask: Expr, axes: Axes, chunk: int, shift: Expr, alignment: Alignment) -> Pattern:
+def _chunks(mask: Expr, axes: Axes, chunk: int, shift: Expr, alignment: Alignment, divide: Divide) -> Pattern:
+    """Chunks from `shift` on. Division that rounds toward zero makes one chunk of what lies before it and the first."""
     place = add(axes.query, offset_of(alignment, axes))
     number = integer(chunk)
-    same = eq(floordiv(sub(place, shift), number), floordiv(sub(axes.key, shift), number))
+    same = eq(divide(sub(place, shift), number), divide(sub(axes.key, shift), number))
     left, right = _within_chunk(Probe(mask=mask, axes=axes, alignment=alignment), chunk, shift)
     inner = BandMask(left=left, right=right, alignment=alignment)
-    enclosing = BandMask(left=chunk - 1 if left is None else left, right=chunk - 1 if right is None else right, alignment=alignment)
+    widest = chunk - 1 if divide is floordiv else 2 * chunk - 2
+    enclosing = BandMask(left=widest if left is None else left, right=widest if right is None else right, alignment=alignment)
     words = [f"chunked attention of chunk size {chunk}"]
     words += [f"shifted by {show(shift)}"] if shift != integer(0) else []
+    words += ["what lies before counted to the first chunk"] if divide is truncdiv else []
     words += ["causal"] if inner.causal and inner.left is None else [f"within the band {inner}"] if not inner.is_full else []
     return Pattern(kind=Kind.CHUNKED, claim=and_(same, claim_of(inner, axes)), band=enclosing, words=", ".join(words))
 

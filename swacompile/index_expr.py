@@ -230,9 +230,9 @@ def _split_multiples(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     for monomial, coefficient in _poly(a).items():
         term = _from_poly({monomial: coefficient})
         if divisor is not None:
-            whole, remains = divmod(coefficient, divisor)
+            whole = coefficient // divisor if not monomial or coefficient > 0 else -(-coefficient // divisor)
             quotient = add(quotient, _from_poly({monomial: whole}))
-            rest = add(rest, _from_poly({monomial: remains}))
+            rest = add(rest, _from_poly({monomial: coefficient - whole * divisor}))
         elif (part := exact_div(term, b)) is not None:
             quotient = add(quotient, part)
         else:
@@ -699,6 +699,11 @@ def transform(expr: Expr, replace: Callable[[Expr], Expr | None]) -> Expr:
 def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
     """expr with these nodes (symbols, usually) replaced."""
     return transform(expr, values.get)
+
+
+def ideal(expr: Expr) -> Expr:
+    """The formula with integers in place of machine numbers."""
+    return transform(expr, lambda node: ideal(node.args[0]) if node.op in (Op.WRAP, Op.ROUND) else None)
 
 
 def is_finite_const(expr: Expr) -> bool:
