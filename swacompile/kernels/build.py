@@ -4,14 +4,14 @@ The symbols: TVMFFIErrorSetRaisedFromCStrParts to call, and the slots __TVMBacke
 __TVMBackendFreeWorkspace to fill in before the first call.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swacompile.errors import TargetError
-from swacompile.schedules.cpu.tiles import choose_tiles
-from swacompile.target import Target, TargetClass
+from swacompile.schedules.cpu.tiles import Tiles, choose_tiles
+from swacompile.target import CpuLimits, Target, TargetClass
 from swacompile.workload import DType
 
 
@@ -32,17 +32,23 @@ class KernelVariant:
         return f"__tvm_ffi_{self.function_name(target)}"
 
 
-def build_cpu_object(variants: Iterable[KernelVariant], target: Target, path: Path) -> tuple[str, ...]:
+def build_cpu_object(
+    variants: Iterable[KernelVariant], target: Target, path: Path, *, tiles: Mapping[KernelVariant, Tiles] | None = None
+) -> tuple[str, ...]:
     """Write one object file with a function for each distinct variant, and give the functions' C symbols in order.
+
+    `tiles` are tuned sizes; a variant that is not among them gets the analytical default.
 
     Raises TargetError where `target` is no CPU, ValueError where a head size is too large for the scratch memory.
     """
     distinct = tuple(dict.fromkeys(variants))
-    build_cpu_module(distinct, target).write_to_file(str(path), "o")
+    build_cpu_module(distinct, target, tiles=tiles).write_to_file(str(path), "o")
     return tuple(variant.symbol(target) for variant in distinct)
 
 
-def build_cpu_module(variants: Iterable[KernelVariant], target: Target) -> Any:
+def build_cpu_module(
+    variants: Iterable[KernelVariant], target: Target, *, tiles: Mapping[KernelVariant, Tiles] | None = None
+) -> Any:
     """The variants' functions as a TVM module. Calling them in this process needs a target that the machine runs."""
     import tvm
 
@@ -52,19 +58,21 @@ def build_cpu_module(variants: Iterable[KernelVariant], target: Target) -> Any:
         raise TargetError(f"expected a CPU target, found {target.name}: choose one with --target")
     functions = {}
     for variant in variants:
-        tiles = choose_tiles(
-            dtype=variant.dtype, head_size=variant.head_size, value_size=variant.value_size, limits=target.cpu
-        )
+        tuned = (tiles or {}).get(variant)
         name = variant.function_name(target)
         functions[name] = banded_attention(
             name=name,
             dtype=variant.dtype,
             head_size=variant.head_size,
             value_size=variant.value_size,
-            tiles=tiles,
+            tiles=tuned or _default_tiles(variant, target.cpu),
             converts_f16=target.cpu.converts_f16,
         )
     return _compile(tvm.IRModule(functions), target)
+
+
+def _default_tiles(variant: KernelVariant, limits: CpuLimits) -> Tiles:
+    return choose_tiles(dtype=variant.dtype, head_size=variant.head_size, value_size=variant.value_size, limits=limits)
 
 
 def _compile(module: Any, target: Target) -> Any:
