@@ -506,7 +506,7 @@ def _attention(  # noqa: PLR0913
         merged_output=merged, axes=axes, visible=visible, zeroed=resolve(zeroed), heads=heads, kv_heads=found.key.heads,
         head_size=const_int(resolve(found.query.tensor.shape[3])), value_head_size=const_int(resolve(found.value.tensor.shape[3])),
         dtype=dtypes.pop(), scale=scale * found.query.scale * found.key.scale, softcap=softcap, sinks=sinks, masked_rows=masked_rows,
-        assumptions=(), bias=None if bias is None else resolve(bias),
+        assumptions=reading.assumptions(), bias=None if bias is None else resolve(bias),
     )  # fmt: skip
 
 
