@@ -61,6 +61,8 @@ def _plan(reading: Reading, finding: Finding, full: bool) -> Replacement | Refut
     for residual in proof.residuals:
         if residual.kind in (ResidualKind.BIAS, ResidualKind.ALIBI):
             return _refused(site, proof, str(residual.kind), f"{_ADDED[residual.kind]} is added to the scores beside the band {mask}: {residual.data}")
+        if residual.kind is ResidualKind.OFFSET:
+            return _refused(site, proof, "offset", f"the band {mask} counts from a position known only at run time: {residual.data}")
         operand = _operand(reading, site, residual)
         if operand is None or residual.kind in operands:
             return _refused(site, proof, "residual", f"the mask's factor {residual.condition} is no value of shape (batch, keys) in the model")
