@@ -164,10 +164,9 @@ class Sizes:
             result = tuple(self.unify(a, b) for a, b in zip(result, shape, strict=True))
         return result
 
-    def assumed(self, expr: Expr) -> tuple[str, ...]:
-        """The equalities that `resolve` would use on this expression, as text."""
-        used = {node for node in walk(expr) if node in self._equal}
-        return tuple(sorted(f"{symbol} == {self._equal[symbol]}" for symbol in used))
+    def equalities(self, of: set[Expr]) -> tuple[str, ...]:
+        """The equalities that speak of these sizes, as text."""
+        return tuple(sorted(f"{gone} == {stays}" for gone, stays in self._equal.items() if of & set(walk(gone))))
 
 
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:

@@ -33,7 +33,7 @@ class Reading:
         """Equalities between sizes of the model's inputs that it needs to run; broadcasting one of them from 1 is the other way out."""
         given = (self.graph.types[name].dims or () for name in self.graph.inputs if name in self.graph.types)
         dims = {dim for dims in given for dim in dims if dim is not None}
-        return tuple(sorted({text for dim in dims for text in self.sizes.assumed(dim)}))
+        return self.sizes.equalities(dims)
 
     def extents(self, value: str) -> Index | None:
         """Shape of a value after all that is known of sizes, None where the rank is unknown."""
