@@ -3,7 +3,6 @@
 Every dialect of torch.export is read: strict or not, with or without decompositions, with mutated buffers.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from swacompile.errors import ModelError
+from swacompile.frontends.fx_archive import load_program
 from swacompile.frontends.fx_ops import OPERATORS, PARTS, WRITE_BACK
 from swacompile.frontends.fx_sizes import Sizes, lowest_values
 from swacompile.frontends.fx_translate import Translation, tensor_constant
 from swacompile.graph import Constant, Graph
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +37,9 @@ class FxModel:
 def read_pt2(path: Path) -> FxModel:
     """Read a file that torch.export.save wrote.
 
-    Raises ModelError where it is none, or needs operators that are not registered in this process.
+    Raises ModelError where the file is none, or needs operators that are not registered in this process.
     """
-    if not path.is_file():
-        raise ModelError(f"{path}: expected a .pt2 file, found {'a folder' if path.is_dir() else 'nothing'}. Give the path of a .pt2 file.")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise ModelError(f"{path}: expected a program saved by torch.export.save, found {path.stat().st_size} bytes that do not load as one "
-                         f"({_first_line(error)}). The file is damaged, holds compiled code only, was saved by another version of torch (this is "
-                         f"{torch.__version__}), or uses custom operators whose package must be imported first; export it again.") from error  # fmt: skip
-    return read_exported_program(program, name=path.name, path=path)
+    return read_exported_program(load_program(path), name=path.name, path=path)
 
 
 def read_exported_program(program: ExportedProgram, *, name: str = "program", path: Path | None = None) -> FxModel:

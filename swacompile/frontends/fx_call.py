@@ -49,7 +49,7 @@ class Call:
     def __post_init__(self) -> None:
         target = self.node.target
         if not isinstance(target, torch._ops.OpOverload):
-            self._arguments = {str(i): value for i, value in enumerate(self.node.args)} | dict(self.node.kwargs)
+            self._arguments.update({str(i): value for i, value in enumerate(self.node.args)} | dict(self.node.kwargs))
             return
         for position, argument in enumerate(target._schema.arguments):
             if argument.name in self.node.kwargs:

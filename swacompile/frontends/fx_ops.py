@@ -26,7 +26,7 @@ def aligned(call: Call, name: str, operands: Sequence[object], **attrs: object) 
     values = [None if call.is_number(operand) else call.graph.read(_node(operand)) for operand in operands]
     levels = tuple(sorted({level for value in values if value for level in value.levels}))
     if not levels:
-        return op(name, *(call.operand(operand) for operand in operands), **attrs)
+        return Result(op=name, inputs=tuple(call.operand(operand) for operand in operands), attrs=attrs)
     rank = max(call.meta(operand).dim() for operand, value in zip(operands, values, strict=True) if value)
     names = []
     for operand, value in zip(operands, values, strict=True):
@@ -37,7 +37,7 @@ def aligned(call: Call, name: str, operands: Sequence[object], **attrs: object) 
         missing = [i for i, level in enumerate(levels) if level not in value.levels]
         missing += [len(levels) + i for i in range(rank - own)]
         names.append(call.emit("unsqueeze", value.name, axes=missing) if missing else value.name)
-    return op(name, *names, levels=levels, **attrs)
+    return Result(op=name, inputs=tuple(names), attrs=attrs, levels=levels)
 
 
 def _node(argument: object) -> fx.Node:
@@ -510,7 +510,7 @@ def _attention(call: Call) -> Result:
         attrs["scale"] = float(call.number(call.get("scale")))
     if call.get("dropout_p"):
         attrs["dropout"] = float(call.get("dropout_p"))
-    return op("attention", *inputs, **attrs)
+    return Result(op="attention", inputs=tuple(inputs), attrs=attrs)
 
 
 def _reduce(name: str) -> Callable[[Call], Result]:

@@ -161,7 +161,7 @@ class Translation:
         """(the submodule, its operands) of a call that carries one."""
         for position, argument in enumerate(node.args):
             if isinstance(argument, fx.Node) and argument in self._modules:
-                rest = list(node.args[position + 1 :])
+                rest: list[object] = list(node.args[position + 1 :])
                 if base_name(node.target) == "invoke_subgraph":
                     rest = rest[1:]  # its identifier
                 if base_name(node.target) == "hints_wrapper":
