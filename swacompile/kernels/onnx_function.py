@@ -373,8 +373,10 @@ class _Writer:
     def output(self) -> Iterator[str]:
         value, weight, columns = "value_4d", "weight", "keys_1"
         if self._uses(Optional.SINKS):
-            yield "one_row_more = Constant<value_ints = [0, 0, 0, 0, 0, 0, 1, 0]>()"
-            yield "value_and_zero = Pad(value_4d, one_row_more)"
+            # Not Pad: inside a function, ONNX Runtime 1.19 to 1.24 refuses its second input.
+            yield "zero_row_shape = Concat<axis = 0>(batch_1, kv_heads_1, one_1, value_size_1)"
+            yield "zero_row = Expand(nothing, zero_row_shape)"
+            yield "value_and_zero = Concat<axis = 2>(value_4d, zero_row)"
             yield "columns_1 = Add(keys_1, one_1)"
             value, columns = "value_and_zero", "columns_1"
         if self.body.grouped:

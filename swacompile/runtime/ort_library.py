@@ -31,10 +31,11 @@ COMPILERS = ("c++", "g++", "clang++")
 COMPILER_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # -Bsymbolic and the version script: a loaded libtvm_ffi must not take over the symbols that kernels call here.
 # nodelete: ONNX Runtime keeps pointers into the library for as long as a session lives.
-LINKER_FLAGS = ("-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-Wl,-z,defs")
+LINKER_FLAGS = ("-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-Wl,-z,defs", "-Wl,--strip-all")
 BUILD_SECONDS = 300
 
 _SOURCES = Path(__file__).with_name("ort_plugin")
+_HOST = Path(__file__).with_name("host")
 _ELEMENT_TYPES = {DType.F32: "Float32", DType.F16: "Float16", DType.BF16: "BFloat16"}
 
 
@@ -59,11 +60,12 @@ def build_ort_library(
         table = Path(folder, "kernel_list.cc")
         table.write_text(kernel_table(kernels))
         linked = Path(folder, "library.so")
-        sources = (*sorted(_SOURCES.glob("*.cc")), table)
+        sources = (*sorted(_HOST.glob("*.cc")), *sorted(_SOURCES.glob("*.cc")), table)
         _run(
             command,
             *COMPILER_FLAGS,
             f"-I{_SOURCES}",
+            f"-I{_HOST}",
             f"-I{tvm_ffi_headers()}",
             *map(str, sources),
             *map(str, objects),

@@ -1,4 +1,4 @@
-// The kernels that were linked in, and which of them this CPU runs.
+// The kernels that were linked in.
 #pragma once
 
 #include <tvm/ffi/c_api.h>
@@ -25,11 +25,6 @@ struct Kernel {
 extern const Kernel kernel_list[];
 extern const size_t kernel_count;
 extern const char library_version[];
-
-enum class Support : int { Unknown = -1, No = 0, Yes = 1 };
-
-// Whether this CPU and its operating system run code of a row of swacompile.target.
-Support supports(const std::string& instruction_set);
 
 std::string text_of(ElementType type);
 

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <thread>
 
+#include "instruction_sets.h"
 #include "kernels.h"
 #include "operands.h"
 #include "ort.h"
@@ -31,6 +32,10 @@ int choose_tasks(const Operands& operands, const Attributes& attributes) {
   const double per_row =
       static_cast<double>(operands.visible_keys(attributes)) * static_cast<double>(sizes.head_size + sizes.value_size);
   return static_cast<int>(std::clamp(rows * per_row / multiplications_worth_a_thread, 1.0, static_cast<double>(most)));
+}
+
+void run_on_session_threads(const void* context, void (*task)(void* user, size_t i), size_t count, void* user) {
+  static_cast<const Context*>(context)->parallel_for(task, count, user);
 }
 
 class Node {
@@ -58,7 +63,7 @@ class Node {
     }
     const Kernel& kernel = find_kernel(type_, operands.sizes.head_size, operands.sizes.value_size);
     const KernelArguments arguments(operands, output, attributes_);
-    const ParallelScope scope(context, choose_tasks(operands, attributes_));
+    const ParallelScope scope({run_on_session_threads, &context}, choose_tasks(operands, attributes_));
     TVMFFIAny result{};
     const int status = kernel.function(nullptr, arguments.data(), KernelArguments::count, &result);
     if (status != 0) throw Error("the kernel failed: " + last_kernel_error(), OrtErrorCode::Fail);
@@ -119,8 +124,8 @@ Op::Op(ElementType of_type) : OrtCustomOp{}, type(of_type) {
   KernelDestroy = [](void* node) { delete static_cast<Node*>(node); };
   CreateKernelV2 = create_node;
   KernelComputeV2 = compute_node;
-  // ORT 1.19 to 1.32 dereferences a null pointer in shape inference where a node omits an input before one that it
-  // gives. Models state the output's shape in value_info instead.
+  // No shape inference: ORT 1.19 to 1.22 crash in it where a node omits an input before one that it gives. Models state the
+  // output's shape in value_info instead.
   InferOutputShapeFn = nullptr;
   GetStartVersion = [](const OrtCustomOp*) { return 1; };
   GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
