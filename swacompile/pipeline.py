@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from swacompile.artifact import Manifest
 from swacompile.attention import Attention, Finding, Refutation
@@ -19,6 +20,9 @@ from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.report.findings import as_json
 from swacompile.target import Target, host_targets
 from swacompile.workload import DType
+
+if TYPE_CHECKING:
+    from swacompile.frontends.fx import FxModel
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,7 @@ def rewrite(model: Path, out: Path, *, emit: Emit = Emit.BANDED, full: bool = Fa
     from swacompile.frontends.onnx_emit import splice_banded
 
     refuse_existing(out, force=force)
-    source = read(model)
+    source = read_onnx(model)
     reading = read_masks(source.graph)
     findings = find(reading)
     outcomes = plan_rewrite(reading, findings, full=full)
@@ -106,7 +110,7 @@ def compile(  # noqa: A001  the public name of the step
     targets = tuple(targets) or host_targets()[:1]
     with artifact.new_folder(out, force=force) as folder:
         progress(f"reading {model.name}")
-        source = read(model)
+        source = read_onnx(model)
         reading = read_masks(source.graph)
         progress("proving masks")
         findings = find(reading)
@@ -149,13 +153,29 @@ def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], 
         build_ort_library(objects, kernels, out)
 
 
-def read(model: Path) -> OnnxModel:
-    """Read a model file by its suffix. Raises ModelError."""
-    from swacompile.frontends import onnx
+def read(model: Path) -> "OnnxModel | FxModel":
+    """Read a model file by its suffix: .onnx, or .pt2 with torch. Raises ModelError."""
+    if model.suffix == ".onnx":
+        from swacompile.frontends import onnx
 
-    if model.suffix != ".onnx":
-        raise ModelError(f"{model}: expected a .onnx file, found suffix {model.suffix!r}.")
-    return onnx.read(model)
+        return onnx.read(model)
+    if model.suffix == ".pt2":
+        try:
+            from swacompile.frontends import fx
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ModelError(f"{model}: a .pt2 file is read with torch, which is not installed. Install swacompile[torch].") from error
+        return fx.read_pt2(model)
+    raise ModelError(f"{model}: expected a .onnx or a .pt2 file, found suffix {model.suffix!r}.")
+
+
+def read_onnx(model: Path) -> OnnxModel:
+    """Read a model that is to be rewritten. Raises ModelError."""
+    source = read_onnx(model)
+    if not isinstance(source, OnnxModel):
+        raise ModelError(f"{model}: expected a .onnx file, found {model.suffix}: it can be inspected, but not be rewritten as a file.")
+    return source
 
 
 def find(reading: Reading) -> tuple[Finding, ...]:
