@@ -172,10 +172,13 @@ def read(model: Path) -> "OnnxModel | FxModel":
 
 def read_onnx(model: Path) -> OnnxModel:
     """Read a model that is to be rewritten. Raises ModelError."""
-    source = read_onnx(model)
-    if not isinstance(source, OnnxModel):
-        raise ModelError(f"{model}: expected a .onnx file, found {model.suffix}: it can be inspected, but not be rewritten as a file.")
-    return source
+    from swacompile.frontends import onnx
+
+    if model.suffix == ".pt2":
+        raise ModelError(f"{model}: expected a .onnx file, found a .pt2 file, which can be inspected but not rewritten as a file.")
+    if model.suffix != ".onnx":
+        raise ModelError(f"{model}: expected a .onnx file, found suffix {model.suffix!r}.")
+    return onnx.read(model)
 
 
 def find(reading: Reading) -> tuple[Finding, ...]:
