@@ -142,7 +142,7 @@ class Sizes:
             raise Unreadable(f"axes of extent {a} and {b} do not broadcast")
         gone, stays = self._order(a, b)
         self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
-        return stays
+        return self.resolve(a)
 
     @staticmethod
     def _order(a: Expr, b: Expr) -> tuple[Expr, Expr]:

@@ -115,7 +115,7 @@ def _graph(name: str, translation: Translation, inputs: Sequence[str], results: 
     """State counts as input: its value is the last call's."""
     state = [value for value in translation.stored if value in translation.state]
     constants = {value: constant for value, constant in translation.stored.items() if value not in translation.state}
-    outputs = [translation.name_of(result) for result in results if isinstance(result, fx.Node) and translation.has(result)]
+    outputs = [translation.read(result).name for result in results if isinstance(result, fx.Node) and translation.has(result)]
     return Graph(
         name=name, nodes=tuple(translation.nodes), inputs=(*inputs, *state), outputs=tuple(dict.fromkeys(outputs)),
         constants=constants | translation.constants, types=translation.types,

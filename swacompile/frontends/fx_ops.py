@@ -234,6 +234,15 @@ def _transpose(call: Call) -> Result:
     return op("transpose", call.tensor(call[0]), perm=_permutation(call))
 
 
+def _reversed(call: Call) -> Result:
+    return op("transpose", call.tensor(call[0]), perm=list(range(call.meta(call[0]).dim()))[::-1])
+
+
+def _last_two(call: Call) -> Result:
+    rank = call.meta(call[0]).dim()
+    return op("transpose", call.tensor(call[0]), perm=[*range(rank - 2), rank - 1, rank - 2])
+
+
 def _slice(call: Call) -> Result:
     step = call.integer(call.get("step") if call.get("step") is not None else 1)
     start, end = (call.number(bound) if bound is not None else None for bound in (call.get("start"), call.get("end")))
@@ -665,6 +674,9 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     "slice": _slice,
     "narrow": _narrow,
     "select": _select,
+    "numpy_T": _reversed,
+    "mT": _last_two,
+    "adjoint": _last_two,
     "getitem": _part,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
