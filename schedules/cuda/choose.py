@@ -1,0 +1,143 @@
+"""Default tiles for a kernel, from what was fastest on an H100 (docs/cuda_kernels.md); tuning records go before them.
+
+A rule answers None for "not mine". Rules are tried in order, the last of a family takes every kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from swacompile.schedules.cuda.arch import CudaArch
+from swacompile.schedules.cuda.spec import Config, KernelSpec, MmaConfig, WgmmaConfig
+
+SHORT_BAND = 256
+MOST_PACKED = 8
+MOST_PACKED_DECODING = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What is known of the calls to come."""
+
+    group: int = 1
+    """Query heads per key/value head."""
+    band: int | None = None
+    """Keys that a query sees at most; None is unbounded."""
+
+    @property
+    def pack(self) -> int:
+        """Query heads of one tile: fewer positions waste less of the band's edges. A power of two that divides the group."""
+        return min(self.group & -self.group, MOST_PACKED)
+
+    @property
+    def pack_decoding(self) -> int:
+        """All heads of a group, so that keys are read once; rows beyond the group stay empty."""
+        return min(1 << (self.group - 1).bit_length(), MOST_PACKED_DECODING)
+
+    @property
+    def is_short(self) -> bool:
+        return self.band is not None and self.band <= SHORT_BAND
+
+
+Rule = Callable[[KernelSpec, Shape], Config | None]
+
+
+def choose(spec: KernelSpec, arch: CudaArch, shape: Shape) -> Config:
+    """Tiles of the best family of `arch`. Raises ValueError where none fits its shared memory."""
+    for family in arch.families:
+        for rule in RULES[family]:
+            config = rule(spec, shape)
+            if config is not None and config.shared_bytes(spec) <= arch.shared_per_block:
+                return config
+    raise ValueError(f"no tiles of {spec.symbol} fit the {arch.shared_per_block} bytes of shared memory of {arch.name}")
+
+
+def _widest(spec: KernelSpec) -> int:
+    return max(spec.head_size, spec.value_size)
+
+
+def _is_plain(spec: KernelSpec) -> bool:
+    """Nothing between the products that needs registers of its own."""
+    features = spec.features
+    return not (features.changes_scores or features.hides_single_keys or features.zeroed or features.chunked)
+
+
+def wgmma_split(spec: KernelSpec, shape: Shape) -> Config | None:
+    """Few rows, many keys: what counts is bytes under way, two blocks of three stages each."""
+    if not spec.features.split:
+        return None
+    wide = _widest(spec) > 128
+    return WgmmaConfig(
+        keys_per_tile=32 if wide else 64,
+        consumers=1,
+        key_stages=3,
+        value_stages=3,
+        pack=shape.pack_decoding,
+        blocks_per_sm=1 if wide or not _is_plain(spec) else 2,
+    )
+
+
+def wgmma_short_packed(spec: KernelSpec, shape: Shape) -> Config | None:
+    """A band of few tiles is bound by memory: two blocks a multiprocessor hide each other's start and end."""
+    if not (shape.is_short and shape.pack > 1 and _widest(spec) <= 64 and _is_plain(spec)):
+        return None
+    return WgmmaConfig(
+        keys_per_tile=48,
+        key_stages=3,
+        value_stages=3,
+        query_stages=3,
+        pack=shape.pack,
+        blocks_per_sm=2,
+        stage_output=True,
+    )
+
+
+def wgmma_short(spec: KernelSpec, shape: Shape) -> Config | None:
+    """One head a tile: 64 rows waste least of a short band."""
+    if not (shape.is_short and _widest(spec) <= 64 and _is_plain(spec)):
+        return None
+    return WgmmaConfig(keys_per_tile=64, consumers=1, pack=shape.pack, blocks_per_sm=3, stage_output=True)
+
+
+def wgmma_three_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
+    """192 rows read keys and values from the L2 cache a third less often than 128, in 160 registers a thread."""
+    widest = _widest(spec)
+    if widest > 128 or not _is_plain(spec):
+        return None
+    if widest > 96:
+        return WgmmaConfig(
+            keys_per_tile=64, consumers=3, key_stages=3, value_stages=3, pack=shape.pack, stage_output=True
+        )
+    return WgmmaConfig(keys_per_tile=112, consumers=3, pack=shape.pack, stage_output=True)
+
+
+def wgmma_two_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
+    """232 registers a thread, for wide heads and for features. The widths are those that ptxas fits without spills."""
+    limits = ((64, 96), (128, 64), (192, 48), (256, 32))
+    keys = next(keys for limit, keys in limits if _widest(spec) <= limit)
+    return WgmmaConfig(keys_per_tile=max(keys, 64) if _is_plain(spec) else keys, pack=shape.pack)
+
+
+def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
+    """Fragments of keys and values are used twice, where registers allow."""
+    widest = _widest(spec)
+    if widest > 128 or not _is_plain(spec) or spec.features.split:
+        return None
+    return MmaConfig(
+        keys_per_tile=64 if widest <= 64 else 32, row_blocks=2, pack=shape.pack, blocks_per_sm=2 if widest <= 64 else 1
+    )
+
+
+def mma_any(spec: KernelSpec, shape: Shape) -> Config | None:
+    pack = shape.pack_decoding if spec.features.split else shape.pack
+    return MmaConfig(keys_per_tile=64 if _widest(spec) <= 128 else 32, pack=pack)
+
+
+def mma_small(spec: KernelSpec, shape: Shape) -> Config | None:
+    """For the 99 KiB of sm_86, sm_89 and sm_120."""
+    return MmaConfig(keys_per_tile=32 if _widest(spec) <= 128 else 16, pack=shape.pack)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "wgmma": (wgmma_split, wgmma_short_packed, wgmma_short, wgmma_three_consumers, wgmma_two_consumers),
+    "mma": (mma_two_row_blocks, mma_any, mma_small),
+}

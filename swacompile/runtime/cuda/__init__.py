@@ -1,0 +1,1 @@
+"""Runs CUDA kernel libraries on torch tensors."""
