@@ -1,4 +1,7 @@
-"""The CPU kernels as a tunable rule: a Config is schedules.cpu.tiles.Tiles without the lanes, which the target decides."""
+"""The CPU kernels as a tunable rule.
+
+A Config is schedules.cpu.tiles.Tiles without the lanes, which the target decides.
+"""
 
 import hashlib
 from collections.abc import Iterable

@@ -32,7 +32,8 @@ class Parameter:
 class Space:
     """All Configs that are tried for one workload on one target: `base` with other values for `parameters`.
 
-    `refusal` says why a Config cannot be built within the target's limits, or None where it can; what it refuses is never built.
+    `refusal` says why a Config cannot be built within the target's limits, or None where it can; what it refuses is
+    never built.
     """
 
     base: Config
@@ -101,7 +102,10 @@ class TunableRule(Protocol):
         """The function in a built library."""
 
     def build(self, workload: Workload, config: Config, target: Target, library: Path) -> None:
-        """Write the kernel as a shared library. May take seconds, fail, crash or hang: the tuner calls it in a process of its own."""
+        """Write the kernel as a shared library. May take seconds, fail, crash or hang.
+
+        The tuner calls it in a process of its own.
+        """
 
     def revision(self) -> str:
         """Changes whenever the rule's sources do: times measured with other sources are not compared."""

@@ -1,0 +1,101 @@
+"""Offline bundles.
+
+Candidates built here, measured on a machine without compiler or network, and their results taken in.
+"""
+
+import importlib.util
+import json
+import random
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swacompile.errors import ArgumentError, OutputError
+from swacompile.tuning import runner, store
+from swacompile.tuning.config import Config
+from swacompile.tuning.database import Database
+from swacompile.tuning.measure import Candidate, Effort, Workbench, provenance_here
+from swacompile.tuning.record import Origin
+from swacompile.tuning.rules import rule_for
+from swacompile.workload import Workload
+
+EFFORT = Effort(rung=1, samples=9, min_ms=10.0)
+"""Nobody looks at the results before all are measured, so each is measured well."""
+RUNNER_FILE = "swacompile_runner.py"
+
+
+def pick(workload: Workload, bench: Workbench, *, trials: int, seed: int = 0) -> tuple[Candidate, ...]:
+    """The default and random Configs, `trials` in all or as many as the space has."""
+    space = rule_for(workload, bench.target).space(workload, bench.target)
+    rng = random.Random(seed)
+    seen: set[Config] = {space.base}
+    chosen = [Candidate(workload=workload, config=space.base, origin=Origin.DEFAULT)]
+    while len(chosen) < trials and (config := space.sample(rng, seen)) is not None:
+        seen.add(config)
+        chosen.append(Candidate(workload=workload, config=config, origin=Origin.SEARCH))
+    return tuple(chosen)
+
+
+def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
+    """Build candidates and write them with the runner and TVM's runtime library to a tar; gives the number that could
+    be built.
+
+    Raises OutputError.
+    """
+    built = [candidate for candidate, failure in bench.build(candidates).items() if failure is None]
+    folder = bench.folder
+    jobs = [bench.job(candidate, EFFORT) | {"record": _template(candidate, bench)} for candidate in built]
+    (folder / runner.MANIFEST).write_text(json.dumps({"format": runner.FORMAT, "jobs": jobs}, indent=1))
+    shutil.copyfile(runner.__file__, folder / RUNNER_FILE)
+    shutil.copyfile(_installed_runtime(), folder / runner.RUNTIME)
+    names = {runner.MANIFEST, RUNNER_FILE, runner.RUNTIME, *(job["library"] for job in jobs)}
+    names |= {problem["expected"] for job in jobs for problem in job["problems"]}
+    try:
+        with tarfile.open(out, "w") as tar:
+            for name in sorted(names):
+                tar.add(folder / name, arcname=name, filter=_anonymous)
+    except OSError as error:
+        raise OutputError(f"{out}: the bundle could not be written ({error.strerror or error}).") from error
+    return len(built)
+
+
+def take_in(results: Path, database: Database) -> tuple[int, int]:
+    """Add a runner's results to the database: numbers of new records and of bad lines, which are skipped.
+
+    Raises ArgumentError where there is no such file.
+    """
+    if not results.is_file():
+        raise ArgumentError(f"{results}: expected the results that a bundle's runner wrote, found no file")
+    contents = store.read(results)
+    return database.merge(contents.records), len(contents.bad)
+
+
+def _template(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
+    """The fields of a record that are known before measuring."""
+    origin = provenance_here(bench.target, device="", threads=1)
+    return {
+        "target": bench.target.name,
+        "workload": str(candidate.workload),
+        "config": str(candidate.config),
+        "origin": str(candidate.origin),
+        "rung": EFFORT.rung,
+        "revision": origin.revision,
+        "versions": origin.versions,
+    }
+
+
+def _installed_runtime() -> Path:
+    spec = importlib.util.find_spec("tvm")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (library := Path(place, "lib", runner.RUNTIME)).is_file():
+            return library
+    raise OutputError(f"{runner.RUNTIME} is missing from the installed tvm: install apache-tvm again")
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without names and times of this machine: equal candidates give equal bundles."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    return entry

@@ -1,0 +1,182 @@
+"""The tuning database: one file of records a target, and the choice of a Config for a workload."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from swacompile.target import TARGETS, Target
+from swacompile.tuning import store
+from swacompile.tuning.config import Config
+from swacompile.tuning.record import Origin, Provenance, Status, TuningRecord
+from swacompile.tuning.space import TunableRule
+from swacompile.workload import Feature, Workload
+
+SHIPPED = Path(__file__).parents[1] / "schedules" / "records"
+MARGIN = 0.02
+"""A tuned Config must beat the default by this share, or by the spread where that is greater.
+
+Within noise the default stays.
+"""
+
+
+class Level(StrEnum):
+    """Where a Config came from, best first."""
+
+    EXACT = "exact"
+    NEAREST = "nearest"
+    SAME_ARCHITECTURE = "same-architecture"
+    DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The Config for a workload; `record` is None for the analytical default."""
+
+    workload: Workload
+    config: Config
+    level: Level
+    record: TuningRecord | None
+
+    def __str__(self) -> str:
+        if self.record is None:
+            return f"{self.workload}: analytical default, {self.config}"
+        origin = self.record.provenance
+        source = f"tuned on {origin.device}, {self.record.date[:10]}"
+        if self.level is not Level.EXACT:
+            source = f"{self.level} record {self.record.workload} of {self.record.target}, {source}"
+        return f"{self.workload}: {source}, {self.config}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Database:
+    """Folders of record files; new records go to the first. Without `folders` only what is shipped is read."""
+
+    folders: tuple[Path, ...] = ()
+
+    def path(self, target: str) -> Path:
+        """The file that new records of a target go to."""
+        if not self.folders:
+            raise ValueError("a database without a folder cannot be written")
+        return self.folders[0] / f"{target}{store.SUFFIX}"
+
+    def records(self, target: str) -> tuple[TuningRecord, ...]:
+        """Every record of a target, shipped ones first, each once. Bad lines are logged and skipped."""
+        found: dict[str, TuningRecord] = {}
+        for folder in (SHIPPED, *reversed(self.folders)):
+            contents = store.read(folder / f"{target}{store.SUFFIX}")
+            found |= {record.line(): record for record in contents.records if record.target == target}
+        return tuple(found.values())
+
+    def add(self, records: Sequence[TuningRecord]) -> None:
+        """Append records to their targets' files. Raises OutputError."""
+        for target in dict.fromkeys(record.target for record in records):
+            store.append(self.path(target), [record for record in records if record.target == target])
+
+    def merge(self, records: Iterable[TuningRecord]) -> int:
+        """Add the records that are not there yet; gives their number."""
+        fresh = {record.line(): record for record in records}
+        for target in {record.target for record in fresh.values()}:
+            for known in self.records(target):
+                fresh.pop(known.line(), None)
+        self.add(tuple(fresh.values()))
+        return len(fresh)
+
+    def choose(self, rule: TunableRule, workload: Workload, target: Target, *, device: str | None = None) -> Choice:
+        """The best known Config: of this workload, of the nearest of its class, of a target of the same architecture,
+        or the default.
+
+        A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
+        device.
+        """
+        space = rule.space(workload, target)
+
+        def usable(record: TuningRecord) -> bool:
+            names = [name for name, _ in record.config.values]
+            fits = record.config.rule == rule.name and names == [name for name, _ in space.base.values]
+            return fits and space.refusal(record.config) is None
+
+        for level, candidates in self._levels(workload, target):
+            record = best([record for record in candidates if usable(record)], device)
+            if record is not None:
+                return Choice(workload=workload, config=record.config, level=level, record=record)
+        return Choice(workload=workload, config=space.base, level=Level.DEFAULT, record=None)
+
+    def _levels(self, workload: Workload, target: Target) -> Iterator[tuple[Level, list[TuningRecord]]]:
+        own = self.records(target.name)
+        yield Level.EXACT, [record for record in own if record.workload == workload]
+        yield from ((Level.NEAREST, group) for group in _by_distance(own, workload))
+        others = [other for other in TARGETS if other != target and same_architecture(other, target)]
+        records = [record for other in others for record in self.records(other.name)]
+        yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, workload))
+
+
+def best(records: Iterable[TuningRecord], device: str | None = None) -> TuningRecord | None:
+    """The record to use of one workload's: the fastest of the longest-measured round, or the default's unless beaten
+    beyond noise.
+
+    Only times that can be compared are: records of one device, number of threads and kernel revision. Of several such
+    sets one of `device` counts, else the newest whose search was finished. None where nothing was measured
+    successfully.
+    """
+    timed = [record for record in records if record.status is Status.OK]
+    if not timed:
+        return None
+    newest = max(timed, key=lambda record: (record.provenance.device == device, record.rung > 0, record.date))
+    peers = [record for record in timed if record.provenance.comparable(newest.provenance)]
+    last = latest_rung(peers)
+    winner = min(last, key=_median)
+    default = min((record for record in last if record.origin is Origin.DEFAULT), key=_median, default=None)
+    return winner if default is None or beats(winner, default) else default
+
+
+def latest_rung(records: Sequence[TuningRecord]) -> list[TuningRecord]:
+    """The newest record of each Config in the highest rung."""
+    rung = max(record.rung for record in records)
+    newest = {record.config: record for record in records if record.rung == rung}
+    return list(newest.values())
+
+
+def beats(candidate: TuningRecord, default: TuningRecord) -> bool:
+    """Whether a candidate is faster than the default beyond noise."""
+    noise = max(MARGIN, candidate.spread or 0.0, default.spread or 0.0)
+    return _median(candidate) < _median(default) * (1 - noise)
+
+
+def same_class(a: Workload, b: Workload) -> bool:
+    """Whether a Config of one is a fair guess for the other: same kernel, and both prefill or both decode."""
+    decode = (Feature.DECODE in a.features) == (Feature.DECODE in b.features)
+    return decode and (a.dtype, a.head_size, a.value_size) == (b.dtype, b.head_size, b.value_size)
+
+
+def distance(a: Workload, b: Workload) -> float:
+    """How far apart two workloads of one class are: doublings of keys seen, length and group, plus one a feature."""
+    seen = [math.log2(min(w.window or w.length, w.length)) for w in (a, b)]
+    lengths = abs(math.log2(a.length / b.length)) / 2
+    groups = abs(math.log2(a.group / b.group)) / 2
+    return abs(seen[0] - seen[1]) + lengths + groups + len(a.features ^ b.features)
+
+
+def same_architecture(a: Target, b: Target) -> bool:
+    """Whether code for one is code for the other: the same GPU architecture, or the same CPU instruction set."""
+    return all(a.tvm.get(key) == b.tvm.get(key) for key in ("kind", "arch", "mcpu", "mtriple"))
+
+
+def _by_distance(records: Iterable[TuningRecord], workload: Workload) -> Iterator[list[TuningRecord]]:
+    """Records of the workload's class in groups of one workload, nearest first."""
+    groups: dict[Workload, list[TuningRecord]] = {}
+    for record in records:
+        if same_class(record.workload, workload):
+            groups.setdefault(record.workload, []).append(record)
+    nearest: Callable[[Workload], tuple[float, str]] = lambda other: (distance(other, workload), str(other))  # noqa: E731  typed for sorted
+    yield from (groups[other] for other in sorted(groups, key=nearest))
+
+
+def comparable(records: Iterable[TuningRecord], workload: Workload, provenance: Provenance) -> list[TuningRecord]:
+    """A workload's records whose times can stand beside new ones."""
+    return [record for record in records if record.workload == workload and record.provenance.comparable(provenance)]
+
+
+def _median(record: TuningRecord) -> float:
+    return record.median_us if record.median_us is not None else math.inf

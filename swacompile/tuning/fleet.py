@@ -1,0 +1,145 @@
+"""Measure on other machines through TVM's RPC tracker: built here, timed there, on all servers of a key at once.
+
+TVM's RPC protocol runs whatever it is sent, for anyone who reaches the port: trackers and servers belong on a
+loopback interface or on a
+trusted, closed network.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from swacompile.errors import TargetError
+from swacompile.target import Target
+from swacompile.tuning.measure import Candidate, Effort, Outcome, Workbench, outcome_of, provenance_here
+from swacompile.tuning.record import Provenance, Status
+from swacompile.tuning.worker import Worker, WorkerFailed, python_module
+
+RPC_COMMAND = python_module("swacompile.tuning.rpc_worker")
+RUN_SECONDS = 60.0
+WAIT_SECONDS = 120.0
+"""How long to wait for a free server."""
+ATTEMPTS = 3
+"""Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed."""
+
+
+class FleetMeasurer:
+    """Every server that a tracker has under one key. They are taken to be alike."""
+
+    def __init__(
+        self, bench: Workbench, *, tracker: tuple[str, int], key: str, device: str | None = None, threads: int = 1,
+        run_seconds: float = RUN_SECONDS, wait_seconds: float = WAIT_SECONDS,
+    ) -> None:  # fmt: skip
+        self._bench = bench
+        self._tracker, self._key = tracker, key
+        self._device = device or key
+        self._threads = threads
+        self._run_seconds, self._wait_seconds = run_seconds, wait_seconds
+
+    @property
+    def target(self) -> Target:
+        return self._bench.target
+
+    @property
+    def provenance(self) -> Provenance:
+        return provenance_here(self.target, device=self._device, threads=self._threads)
+
+    def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
+        """As many candidates at once as the key has servers. Raises TargetError where no server comes free."""
+        built = self._bench.build(candidates)
+        yield from (failure for failure in built.values() if failure is not None)
+        todo: queue.SimpleQueue[Candidate] = queue.SimpleQueue()
+        runnable = [candidate for candidate, failure in built.items() if failure is None]
+        for candidate in runnable:
+            todo.put(candidate)
+        results: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+        workers = [Worker(RPC_COMMAND) for _ in range(min(len(runnable), self.servers() if runnable else 0))]
+        threads = [threading.Thread(target=self._serve, args=(w, todo, effort, results), daemon=True) for w in workers]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in runnable:
+                result = results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            while not todo.empty():
+                todo.get()
+            for worker in workers:
+                worker.close()
+
+    def servers(self) -> int:
+        """How many servers the tracker has under the key, free or busy. Raises TargetError where there is none."""
+        worker = Worker(RPC_COMMAND)
+        try:
+            answer = worker.ask(self._request("count"), seconds=self._wait_seconds)
+        except WorkerFailed as error:
+            answer = {"count": 0, "message": str(error)}
+        finally:
+            worker.close()
+        if not answer["count"]:
+            host, port = self._tracker
+            raise TargetError(
+                f"no server with key {self._key!r} at the tracker {host}:{port} ({answer['message'] or 'it answers'}): "
+                f"start one with `python -m tvm.exec.rpc_server --tracker {host}:{port} --key {self._key}`"
+            )
+        return int(answer["count"])
+
+    def _serve(
+        self,
+        worker: Worker,
+        todo: "queue.SimpleQueue[Candidate]",
+        effort: Effort,
+        results: "queue.SimpleQueue[Outcome | BaseException]",
+    ) -> None:
+        """One worker's thread: candidates until none is left."""
+        while True:
+            try:
+                candidate = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results.put(self._run(worker, candidate, effort))
+            except BaseException as error:  # handed to the thread that waits, which would wait for ever otherwise
+                results.put(error)
+                return
+
+    def _run(self, worker: Worker, candidate: Candidate, effort: Effort) -> Outcome:
+        """A server that disappears or a session that breaks is tried again.
+
+        A kernel that breaks every session is at fault.
+        """
+        job = self._bench.job(candidate, effort) | {"threads": self._threads}
+        failed: WorkerFailed | None = None
+        for _ in range(ATTEMPTS):
+            self._open_session(worker)
+            try:
+                request = {"do": "run", "job": job, "folder": str(self._bench.folder)}
+                result = worker.ask(request, seconds=self._run_seconds + 5)
+            except WorkerFailed as error:
+                failed = error
+                continue
+            if result["status"] != "broken":
+                return outcome_of(candidate, result)
+            failed = WorkerFailed(result["message"], hung=result["seconds"] >= self._run_seconds)
+        assert failed is not None
+        status = Status.HUNG if failed.hung else Status.CRASHED
+        return outcome_of(candidate, {"status": status, "samples": [], "message": f"{ATTEMPTS} sessions: {failed}"})
+
+    def _open_session(self, worker: Worker) -> None:
+        """Wait for a free server. A server that died while it was free fails here, and the next is tried."""
+        message = ""
+        for _ in range(ATTEMPTS):
+            try:
+                message = worker.ask(self._request("open"), seconds=self._wait_seconds)["message"]
+            except WorkerFailed as error:
+                message = str(error)
+            if not message:
+                return
+        raise TargetError(f"no server with key {self._key!r} came free: {message}. What was measured is kept.")
+
+    def _request(self, action: str) -> dict[str, Any]:
+        host, port = self._tracker
+        return {"do": action, "host": host, "port": port, "key": self._key, "seconds": self._run_seconds}
