@@ -80,14 +80,12 @@ def rewrite(model: Path, out: Path, *, emit: Emit = Emit.BANDED, full: bool = Fa
     The source is never changed; an existing output is replaced only with `force`. Raises ModelError, OutputError.
     """
     from swacompile.frontends.onnx_splice import refuse_existing, save
-    from swacompile.frontends.onnx_emit import splice_banded
 
     refuse_existing(out, force=force)
     source = read_onnx(model)
     reading = read_masks(source.graph)
     findings = find(reading)
-    outcomes = plan_rewrite(reading, findings, full=full)
-    outcomes = splice_banded(source, outcomes)
+    outcomes = splice(source, plan_rewrite(reading, findings, full=full), emit)
     done = Rewrite(model=model, out=out, outcomes=outcomes)
     if not done.replaced:
         return Rewrite(model=model, out=None, outcomes=outcomes)
@@ -104,7 +102,6 @@ def compile(  # noqa: A001  the public name of the step
     Raises ModelError, OutputError, TargetError, ToolchainError.
     """
     from swacompile import artifact
-    from swacompile.frontends.onnx_emit import splice_banded
     from swacompile.frontends.onnx_splice import save
 
     targets = tuple(targets) or host_targets()[:1]
@@ -114,7 +111,7 @@ def compile(  # noqa: A001  the public name of the step
         reading = read_masks(source.graph)
         progress("proving masks")
         findings = find(reading)
-        outcomes = splice_banded(source, plan_rewrite(reading, findings, full=full))
+        outcomes = splice(source, plan_rewrite(reading, findings, full=full), Emit.BANDED)
         done = Rewrite(model=model, out=out, outcomes=outcomes)
         if not done.replaced:
             raise artifact.Abandoned
@@ -131,6 +128,18 @@ def compile(  # noqa: A001  the public name of the step
         artifact.write_manifest(folder, manifest)
         return Compiled(rewrite=done, manifest=manifest)
     return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None)
+
+
+def splice(source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...], emit: Emit) -> tuple[Replacement | Refutation, ...]:
+    """Edit the model in memory. What this form of output cannot express turns from a replacement into a refusal."""
+    from swacompile.frontends import onnx_emit, onnx_lower
+
+    put = {
+        Emit.BANDED: onnx_emit.splice_banded,
+        Emit.ONNX_ATTENTION: onnx_lower.splice_onnx_attention,
+        Emit.ORT_GQA: onnx_lower.splice_ort_gqa,
+    }[emit]
+    return put(source, outcomes)
 
 
 def kernel_variants(replaced: Sequence[Replacement]) -> tuple[KernelVariant, ...]:

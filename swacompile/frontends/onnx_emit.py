@@ -1,4 +1,7 @@
-"""What takes an attention's place in an ONNX model: our operator, the standard Attention, or ONNX Runtime's GroupQueryAttention."""
+"""BandedAttention nodes in the place of proven attentions, with the function that gives them their meaning."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,13 +24,7 @@ def splice_banded(source: OnnxModel, outcomes: tuple[Replacement | Refutation, .
     replaced = [outcome for outcome in outcomes if isinstance(outcome, Replacement)]
     if not replaced:
         return outcomes
-    body = Body(
-        opset=source.opset,
-        elem_type=int(ELEM_TYPES[replaced[0].site.dtype]),
-        uses=frozenset(use for replacement in replaced for use in _uses(replacement)),
-        alignment=str(replaced[0].proof.mask.alignment),
-        kind="zeroed" if replaced[0].proof.kind is Kind.ZEROED else "hidden",
-    )
+    body = body_for(source.opset, replaced)
     splicer = Splicer(source)
     for replacement in replaced:
         _splice(splicer, replacement, body)
@@ -35,6 +32,18 @@ def splice_banded(source: OnnxModel, outcomes: tuple[Replacement | Refutation, .
     assert isinstance(function, ir.Function)
     splicer.finish([function], {DOMAIN: VERSION})
     return outcomes
+
+
+def body_for(opset: int, replaced: Sequence[Replacement]) -> Body:
+    """What these nodes have in common, and the union of what they use."""
+    return Body(
+        opset=opset,
+        elem_type=int(ELEM_TYPES[replaced[0].site.dtype]),
+        uses=frozenset(use for replacement in replaced for use in _uses(replacement)),
+        alignment=str(replaced[0].proof.mask.alignment),
+        kind="zeroed" if replaced[0].proof.kind is Kind.ZEROED else "hidden",
+        grouped=any(replacement.site.heads != replacement.site.kv_heads for replacement in replaced),
+    )
 
 
 def _alike(outcomes: tuple[Replacement | Refutation, ...]) -> tuple[Replacement | Refutation, ...]:
@@ -73,13 +82,18 @@ def _splice(splicer: Splicer, replacement: Replacement, body: Body) -> None:
     old = splicer.values[site.output]
     before = old.producer()
     assert before is not None
-    node_inputs: list[ir.Value | None] = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
-    node_inputs += [_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(node_inputs) :]]
-    output = splicer.add(before, NAME, node_inputs, _attributes(replacement, body), domain=DOMAIN)
+    output = splicer.add(before, NAME, operands(splicer, before, replacement, body), attributes(replacement, body), domain=DOMAIN)
     output.dtype = ELEM_TYPES[site.dtype]
     if site.merged_output:
         output = splicer.merge_heads(before, output)
     splicer.replace(old, output)
+
+
+def operands(splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body) -> list[ir.Value | None]:
+    """The inputs of a BandedAttention node, as many as the body has."""
+    site = replacement.site
+    required = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
+    return [*required, *(_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(required) :])]
 
 
 def _optional_input(splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body, name: str) -> ir.Value | None:
@@ -103,7 +117,8 @@ def _optional_input(splicer: Splicer, before: ir.Node, replacement: Replacement,
             raise AssertionError(f"no operand {name}; inputs are {INPUTS}")
 
 
-def _attributes(replacement: Replacement, body: Body) -> dict[str, object]:
+def attributes(replacement: Replacement, body: Body) -> dict[str, Any]:
+    """The attributes of a BandedAttention node, all of them."""
     site = replacement.site
     return {
         "layout": body.layout,

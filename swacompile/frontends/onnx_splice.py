@@ -1,5 +1,7 @@
 """Put BandedAttention nodes into an ONNX model, and write the result without touching weights."""
 
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -15,7 +17,9 @@ from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
 from swacompile.passes.plan_rewrite import RunTimeOperand
 
-DOMAIN = "swacompile"
+log = logging.getLogger(__name__)
+
+FICLONE = 0x40049409  # Linux: share a file's blocks with another
 SWAP_HEADS_AND_SEQUENCE = (0, 2, 1, 3)
 
 
@@ -132,16 +136,27 @@ def refuse_existing(out: Path, *, force: bool) -> None:
 
 
 def _carry_data(source: OnnxModel, folder: Path, aside: Path, *, force: bool) -> None:
-    """Give the output's folder the data files that the model names."""
+    """Copies of the data files that the model names, in the output's folder.
+
+    Copies, not hard links: ONNX's checker takes a data file with several links for an attack, in the source's folder too.
+    """
     for location in sorted({str(tensor.location) for tensor in external_tensors(source.model)}):
         data, target = source.path.parent / location, folder / location
         if target.exists() and target.samefile(data):
             continue
         refuse_existing(target, force=force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = aside / f"data{len(list(aside.iterdir()))}"
+        copy = aside / f"data{len(list(aside.iterdir()))}"
+        _copy(data, copy)
+        os.replace(copy, target)
+
+
+def _copy(data: Path, copy: Path) -> None:
+    """A copy that shares the blocks on disk where the file system can do that."""
+    with data.open("rb") as read, copy.open("wb") as write:
         try:
-            os.link(data.resolve(), temporary)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(data, temporary)
-        os.replace(temporary, target)
+            fcntl.ioctl(write.fileno(), FICLONE, read.fileno())
+            return
+        except OSError:  # another file system, or one without shared blocks
+            log.info("copying %.1f GB of weights beside the output", data.stat().st_size / 1e9)
+    shutil.copyfile(data, copy)

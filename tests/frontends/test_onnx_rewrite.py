@@ -9,6 +9,7 @@ import pytest
 
 from swacompile import pipeline
 from swacompile.attention import BandProof
+from swacompile.errors import ModelError
 from tests import models
 from tests.tolerances import HALF_MODEL_ATOL, MODEL_ATOL
 
@@ -194,3 +195,58 @@ def test_proof_names_no_sizes_when_it_holds_for_all(tmp_path):
     (finding,) = pipeline.inspect(source).findings
     assert isinstance(finding.verdict, BandProof)
     assert (finding.verdict.method, finding.verdict.valid_for) == ("smt", ())
+
+
+GQA_INPUTS = "float[batch,4,length,8] query, float[batch,2,length,8] key, float[batch,2,length,8] value"
+GQA_BODY = """axis = Constant<value_ints = [2]>()
+  key_shape = Shape(key)
+  expanded = Constant<value_ints = [1, 1, 2, 1, 1]>()
+  key_5d = Unsqueeze(key, axis)
+  value_5d = Unsqueeze(value, axis)
+  key_twice = Expand(key_5d, expanded)
+  value_twice = Expand(value_5d, expanded)
+  heads = Constant<value_ints = [0, 4, -1, 8]>()
+  key_all = Reshape(key_twice, heads)
+  value_all = Reshape(value_twice, heads)
+  kt = Transpose<perm = [0, 1, 3, 2]>(key_all)
+  product = MatMul(query, kt)
+  scores = Mul(product, scale)
+  masked = Add(scores, mask)
+  weights = Softmax<axis = -1>(masked)
+  out = MatMul(weights, value_all)"""
+
+
+def grouped(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    source = built(tmp_path, GQA_BODY, inputs=GQA_INPUTS, out_dims="batch,4,length,8")
+    feeds = {"query": random((2, 4, 50, 8), 0), "key": random((2, 2, 50, 8), 1), "value": random((2, 2, 50, 8), 2)}
+    return source, feeds
+
+
+@pytest.mark.parametrize(("emit", "operator"), [("onnx-attention", "Attention"), ("ort-gqa", "GroupQueryAttention")])
+def test_other_operators(emit, operator, tmp_path):
+    """The window in other tools' words: one key more or less would move the output far beyond the tolerance."""
+    source, feeds = grouped(tmp_path)
+    done = pipeline.rewrite(source, tmp_path / "out.onnx", emit=pipeline.Emit(emit))
+    assert len(done.replaced) == 1
+    model = onnx.load(tmp_path / "out.onnx")
+    assert [node.op_type for node in model.graph.node if node.op_type.endswith("Attention")] == [operator]
+    assert not model.functions
+    assert np.abs(run(tmp_path / "out.onnx", feeds) - run(source, feeds)).max() < MODEL_ATOL
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("left_window_size", "local_window_size"):
+                attribute.i += 1
+    onnx.save(model, tmp_path / "wider.onnx")
+    assert np.abs(run(tmp_path / "wider.onnx", feeds) - run(source, feeds)).max() > 1e-2
+
+
+def test_what_group_query_attention_cannot_say(corpus, tmp_path):
+    done = pipeline.rewrite(corpus / "mistral" / "onnx-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ORT_GQA)
+    assert not done.replaced
+    assert all(kept.code == "emit" and "padding at the end" in kept.reason for kept in done.outcomes)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_model_too_old_for_attention(corpus, tmp_path):
+    with pytest.raises(ModelError, match="opset 18 or later"):
+        pipeline.rewrite(corpus / "mistral" / "ts-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ONNX_ATTENTION)
