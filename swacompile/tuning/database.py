@@ -1,7 +1,7 @@
 """The tuning database: one file of records a target, and the choice of a Config for a workload."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -169,8 +169,8 @@ def _by_distance(records: Iterable[TuningRecord], workload: Workload) -> Iterato
     for record in records:
         if same_class(record.workload, workload):
             groups.setdefault(record.workload, []).append(record)
-    nearest: Callable[[Workload], tuple[float, str]] = lambda other: (distance(other, workload), str(other))  # noqa: E731  typed for sorted
-    yield from (groups[other] for other in sorted(groups, key=nearest))
+    nearest = sorted(groups, key=lambda other: (distance(other, workload), str(other)))
+    yield from (groups[other] for other in nearest)
 
 
 def comparable(records: Iterable[TuningRecord], workload: Workload, provenance: Provenance) -> list[TuningRecord]:

@@ -9,6 +9,7 @@ or hangs costs only itself. Kernels are machine code: run bundles from people yo
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -233,7 +234,8 @@ def _load_runtime(folder: Path) -> Any:
 
     The bundle's own, or that of an installed TVM, which is not imported.
     """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # tvm_ffi imports torch where it finds it, which takes a second
+    # tvm_ffi imports torch where it finds it, which takes a second.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     import tvm_ffi
 
     ctypes.CDLL(str(_runtime_library(folder)), mode=ctypes.RTLD_GLOBAL)
@@ -246,9 +248,7 @@ def _runtime_library(folder: Path) -> Path:
     for place in (folder, *installed):
         if (place / RUNTIME).is_file():
             return place / RUNTIME
-    raise SystemExit(
-        f"{RUNTIME} is missing: expected it in the bundle or in an installed tvm. Export the bundle again."
-    )
+    raise SystemExit(f"{RUNTIME} is missing: expected it in the bundle or in an installed tvm. Export it again.")
 
 
 def run_contained(job: Job, folder: Path, *, threads: int, seconds: float) -> Job:
@@ -272,10 +272,8 @@ def run_contained(job: Job, folder: Path, *, threads: int, seconds: float) -> Jo
 
 def _kill_group(child: "subprocess.Popen[str]") -> None:
     """End a child and what it started, also when this process is interrupted."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
@@ -347,6 +345,12 @@ def measure_bundle(folder: Path, out: Path, *, threads: int, seconds: float) -> 
     return len(todo)
 
 
+def _shown(record: Job) -> str:
+    time_us = record["median_us"]
+    found = f"{time_us:.1f} us" if time_us is not None else f"{record['status']}: {record['message']}"
+    return f"{record['workload']} {record['config']} {found}"
+
+
 def _measured(out: Path) -> Iterator[tuple[str, ...]]:
     """Candidates in a file of results; a line that was cut short counts as not measured."""
     for line in out.read_text().splitlines() if out.exists() else ():
@@ -364,10 +368,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="swacompile_runner", description="Check and time the kernels of a bundle.")
     parser.add_argument(
-        "bundle", nargs="?", help="the .tar that `swacompile tune --export-bundle` wrote, or its unpacked folder"
+        "bundle", nargs="?", help="what `swacompile tune --export-bundle` wrote, or its unpacked folder"
     )
     parser.add_argument(
-        "-o", "--output", default="results.jsonl", help="results are added here; an interrupted run continues"
+        "-o", "--output", default="results.jsonl", help="results are added here; a second run continues"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads that a kernel may use")
     parser.add_argument("--timeout", type=float, default=CANDIDATE_SECONDS, help="seconds that one candidate may take")

@@ -1,7 +1,7 @@
 """Which candidates to measure, and for how long: the default first, then random ones, then neighbours of the best.
 
-Everything is measured briefly (rung 0). The best few and the default are measured again, longer and in turns (rungs 1 and 2), so that a
-lucky sample or a drifting clock does not decide.
+Everything is measured briefly (rung 0). The best few and the default are measured again, longer and in turns (rungs 1
+and 2), so that a lucky sample or a drifting clock does not decide.
 """
 
 import math
