@@ -12,6 +12,7 @@ from swacompile.index_expr import TRUE, ZERO, Expr, Index, Sort, add, and_, appl
 from swacompile.passes.index_tensor import sort_of
 
 MAX_ELEMENTS = 1 << 28  # A constant mask of 16384 x 16384; larger arrays are weights.
+MAX_NUMBERS = 4  # Distinct numbers of a constant mask: shown, hidden, and their sums.
 PREFIX = "constant:"
 
 
@@ -22,6 +23,7 @@ class ArrayReader:
     loaded: dict[str, np.ndarray] = field(default_factory=dict)
     _patterns: dict[str, "_Pattern | None"] = field(default_factory=dict)
     _varying: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+    _numbers: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def element(self, name: str, constant: Constant, indices: Index) -> Expr:
         """The element at these indices: a number, a formula, or the array itself as a function."""
@@ -37,8 +39,28 @@ class ArrayReader:
         pattern = self._patterns[name]
         if pattern:
             return pattern.at(indices)
-        varies = self._varying.setdefault(name, _varying_axes(array))
-        return apply(PREFIX + name, tuple(i if v else ZERO for i, v in zip(indices, varies, strict=True)), sort)
+        return self._choice(name, array, indices) if sort is Sort.REAL else self._looked_up(name, array, indices, sort)
+
+    def _choice(self, name: str, array: np.ndarray, indices: Index) -> Expr:
+        """The element of a mask of a few numbers: which of them it is, by boolean arrays."""
+        if name not in self._numbers:
+            self._numbers[name] = _few_numbers(array)
+        if len(self._numbers[name]) < 2:
+            return self._looked_up(name, array, indices, Sort.REAL)
+        first, *others = self._numbers[name]
+        element = real(first)
+        for number in others:
+            part = f"{name} == {number!r}"
+            if part not in self.loaded:
+                self.loaded[part] = array == number
+            element = ite(self._looked_up(part, self.loaded[part], indices, Sort.BOOL), real(number), element)
+        return element
+
+    def _looked_up(self, name: str, array: np.ndarray, indices: Index, sort: Sort) -> Expr:
+        """The array as a function of those axes along which it changes."""
+        if name not in self._varying:
+            self._varying[name] = _varying_axes(array)
+        return apply(PREFIX + name, tuple(i if v else ZERO for i, v in zip(indices, self._varying[name], strict=True)), sort)
 
     def lookup(self, function: str) -> np.ndarray | None:
         """The array behind a function name in a formula, None for run-time data."""
@@ -96,6 +118,14 @@ def _number(value: np.generic, sort: Sort) -> Expr:
     if sort is Sort.BOOL:
         return boolean(bool(value))
     return integer(int(value)) if sort is Sort.INT else real(float(value))
+
+
+def _few_numbers(array: np.ndarray) -> tuple[float, ...]:
+    """The distinct numbers of an array, () where there are more than a mask has, or NaN among them."""
+    numbers = np.unique(array[:1].reshape(-1)[:4096])  # most arrays are seen to have many without a look at all of them
+    if len(numbers) > MAX_NUMBERS or len(numbers := np.unique(array)) > MAX_NUMBERS or np.isnan(numbers).any():
+        return ()
+    return tuple(float(number) for number in numbers)
 
 
 def _varying_axes(array: np.ndarray) -> tuple[bool, ...]:

@@ -127,6 +127,8 @@ def _softmax(reading: Reading, node: Node) -> Attention | None:
     if logits.rank not in (3, 4):
         raise NotReadable("rank", f"expected scores of rank 3 or 4, found rank {logits.rank}")
     score = _score(reading, logits)
+    if score is None and _number(reading, logits.name) is not None:
+        raise NotReadable("all-hidden", "no key is visible: every score is hidden")
     if score is None:
         return None
     return _between(reading, node, logits, score, *weighted)

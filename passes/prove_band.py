@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 
 from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind
 from swacompile.band import BandMask
-from swacompile.index_expr import FALSE, MAX_SIZE, TRUE, Expr, NotInteger, Op, and_, const_int, eq, le, not_, or_, real, real_mul, sub
-from swacompile.index_expr import to_integer, transform, walk
+from swacompile.index_expr import FALSE, MAX_SIZE, TRUE, Expr, NotInteger, Op, and_, const_int, eq, ideal, integer, le, not_, or_, real, real_mul, sub
+from swacompile.index_expr import substitute, to_integer, walk
 from swacompile.passes.arrays import PREFIX, ArrayReader
 from swacompile.passes.classify_mask import Pattern, patterns
 from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
+from swacompile.passes.moved_band import at_every_position, moved_band
 from swacompile.passes.probe_band import candidate_bands, claim_of
 from swacompile.passes.residuals import factor_out, run_time_data
 from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_valid, uses_machine_numbers
@@ -27,6 +28,9 @@ from swacompile.passes.verdict import Verdict
 
 # Sizes up to which a proof may be limited: no attention of more keys than that has been run densely.
 LIMITS = (MAX_SIZE, 1 << 30, 1 << 24)
+
+
+MAX_HEADS = 256  # Heads that are proven one by one where the mask depends on the head.
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +60,10 @@ class Prover:
         added = () if site.bias is None else (_added(site.bias, site.visible, site.axes),)
         if site.zeroed != FALSE:
             return self._zeroed(site, added)
+        if (moved := moved_band(site.visible, site.axes)) is not None:
+            return _placed(moved, added, site.axes)
+        if (other := _other_kind_at_a_position(site)) is not None:
+            return other
         residuals, rest = factor_out(site.visible, site.axes)
         if self._reads_arrays(rest):
             return _placed(compare_cells(rest, site.axes, residuals, self.arrays), added, site.axes)
@@ -109,7 +117,7 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
         if {axes.batch, axes.query, axes.key} & set(walk(slope)) or axes.key not in walk(distance):
             continue
         try:
-            steps = to_integer(distance)
+            steps = to_integer(ideal(distance))
         except NotInteger:
             continue
         for sign, ahead in ((1.0, sub(axes.key, axes.query)), (-1.0, sub(axes.query, axes.key))):
@@ -117,6 +125,17 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
             if same_row or is_valid(or_(not_(visible), eq(steps, ahead))):
                 return real_mul(slope, real(sign))
     return None
+
+
+def _other_kind_at_a_position(site: Attention) -> Verdict | None:
+    """What a mask of one query at a run-time position is, where that is a known kind other than a band: it looks like padding then."""
+    everywhere = at_every_position(site.visible, site.axes)
+    if everywhere is None:
+        return None
+    mask, axes = everywhere
+    residuals, rest = factor_out(mask, axes)
+    verdict = _prove_formula(mask, rest, residuals, (), axes)
+    return verdict if verdict.code and verdict.kind is not Kind.UNKNOWN else None
 
 
 # ------------------------------------------------------------------------------------------------------- 3. the claim
@@ -194,9 +213,11 @@ def _refuted(visible: Expr, rest: Expr, factors: Expr, data: set[str], bands: li
     if data:
         names = ", ".join(sorted(data))
         return Verdict(code="data-dependent", reason=f"the mask depends on run-time data that is neither key padding nor a segment: {names}")
+    if (apart := _bands_of_heads(rest, axes)) is not None:
+        return apart
     if (overflow := _overflow(visible, factors, bands, axes)) is not None:
         return overflow
-    nearest = "no band fits" if not bands else f"the nearest band is {bands[0]}"
+    nearest = "no band fits" if not bands else f"the nearest band is {bands[0].aligned_text}"
     claim = TRUE if not bands else claim_of(bands[0], axes)
     witness = always_equal(visible, and_(claim, factors), axes)
     return Verdict(code="not-a-band", reason=f"the mask is not a band: {nearest}", witness=witness)
@@ -211,20 +232,34 @@ def _proven_patterns(rest: Expr, axes: Axes) -> Iterator[Pattern]:
             continue
 
 
+def _bands_of_heads(rest: Expr, axes: Axes) -> Verdict | None:
+    """Whether the mask is a band for each head, but not one for all."""
+    heads = const_int(axes.head.args[0])
+    if axes.head not in walk(rest) or heads is None or heads > MAX_HEADS:
+        return None
+    found: dict[BandMask, int] = {}
+    for head in range(heads):
+        of_head = substitute(rest, {axes.head: integer(head)})
+        bands = (band for band in candidate_bands(of_head, axes) if _holds(of_head, claim_of(band, axes), axes) is not None)
+        band = next(bands, None)
+        if band is None:
+            return None
+        found.setdefault(band, head)
+    first, *_ = found
+    listed = ", ".join(f"{band} from head {head}" for band, head in found.items())
+    return Verdict(code="differs", mask=first, witness=always_equal(rest, claim_of(first, axes), axes),
+                   reason=f"the band differs between heads, expected one for all: {listed}")  # fmt: skip
+
+
 def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -> Verdict | None:
     """Whether the mask is a band but for overflow: the witness is a cell where arithmetic goes wrong."""
     if not uses_machine_numbers(visible):
         return None
     for band in bands:
         claim = and_(claim_of(band, axes), factors)
-        if always_equal(_ideal(visible), claim, axes) is None:
+        if always_equal(ideal(visible), claim, axes) is None:
             limit = LIMITS[-1]
             reason = (f"the mask is the band {band} only while positions fit their data type: expected that for sizes up to {limit}, "
                       "found arithmetic that overflows or loses digits below that")  # fmt: skip
             return Verdict(code="overflow", mask=band, reason=reason, witness=always_equal(visible, claim, axes, largest=limit))
     return None
-
-
-def _ideal(expr: Expr) -> Expr:
-    """The formula with integers instead of machine numbers."""
-    return transform(expr, lambda node: _ideal(node.args[0]) if node.op in (Op.WRAP, Op.ROUND) else None)

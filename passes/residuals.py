@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from swacompile.attention import Axes, Residual, ResidualKind
 from swacompile.band import Alignment
 from swacompile.index_expr import FALSE, Expr, Op, Sort, add, eq, integer, not_, sub, substitute, walk
+from swacompile.passes.arrays import PREFIX
 
 
 def factor_out(visible: Expr, axes: Axes) -> tuple[tuple[Residual, ...], Expr]:
@@ -37,7 +38,12 @@ def offset_of(alignment: Alignment, axes: Axes) -> Expr:
 def _run_time_literals(expr: Expr) -> Iterator[Expr]:
     """Comparisons and conditions that read run-time data, in a stable order."""
     found = {node for node in walk(expr) if node.op in (Op.LE0, Op.EQ0) or (node.op is Op.APPLY and node.sort is Sort.BOOL)}
-    yield from sorted((node for node in found if run_time_data(node)), key=lambda node: node.digest)
+    yield from sorted((node for node in found if _is_run_time(node)), key=lambda node: node.digest)
+
+
+def _is_run_time(expr: Expr) -> bool:
+    names = run_time_data(expr)
+    return bool(names) and not any(name.startswith(PREFIX) for name in names)
 
 
 def _residual(factor: Expr, axes: Axes) -> Residual | None:

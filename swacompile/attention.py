@@ -104,6 +104,7 @@ class ResidualKind(StrEnum):
     SEGMENTS = "segments"
     BIAS = "bias"
     ALIBI = "alibi"
+    OFFSET = "offset"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +113,8 @@ class Residual:
 
     `condition` is the factor as it stands in the mask; `data` is the formula of the operand's element: a boolean at (batch, key) for
     KEY_PADDING, an integer at (batch, key) for SEGMENTS. Of the additive kinds the condition is TRUE and the data a real number: at
-    (batch, head, query, key) for BIAS, the slope at (head) for ALIBI. `alignment` is where query 0 stands for a label, None where that does
-    not matter.
+    (batch, head, query, key) for BIAS, the slope at (head) for ALIBI. OFFSET holds one integer, the place of query 0 among the keys, from
+    which the band counts in place of its alignment. `alignment` is where query 0 stands for a label, None where that does not matter.
     """
 
     kind: ResidualKind

@@ -49,6 +49,11 @@ class BandMask:
         distance = kv_idx - (q_idx + self.offset(queries, keys))
         return (self.left is None or -self.left <= distance) and (self.right is None or distance <= self.right)
 
+    @property
+    def aligned_text(self) -> str:
+        """The band with its alignment, where that is not the usual one."""
+        return f"{self} bottom-right" if self.alignment is Alignment.BOTTOM_RIGHT else str(self)
+
     def __str__(self) -> str:
         def side(bound: int | None) -> str:
             return "unbounded" if bound is None else str(bound)

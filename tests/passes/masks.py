@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ import onnx.parser
 from onnx.reference import ReferenceEvaluator
 
 from swacompile.attention import Attention, BandProof, Refutation, Witness
-from swacompile.band import BandMask
+from swacompile.band import Alignment, BandMask
 from swacompile.frontends import onnx as frontend
 from swacompile.graph import Graph
 from swacompile.passes.detect_attention import detect_attention
@@ -36,7 +37,7 @@ NUMBERS = """int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] axis0 = {0
   bool yes = {1}, bool no = {0}""" % LOWEST
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskModel:
     """An attention whose mask is computed by `body`, in the ONNX text format.
 
@@ -85,13 +86,17 @@ class MaskModel:
         model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in self.arrays.items())
         return model
 
-    def cells(self, queries: int, keys: int, *, batch: int = 1, **feeds: np.ndarray) -> np.ndarray:
-        """The mask as booleans (batch, heads, queries, keys), computed by onnx's reference evaluator."""
+    @cached_property
+    def _evaluator(self) -> ReferenceEvaluator:
+        """The mask alone."""
         sort = {"seen": "bool", "added": "float", "scores": "float"}[self.form]
         given = f", float[{self.batch},{HEADS},{self.queries},{self.keys}] scores" if self.form == "scores" else ""
         model = self._model(self.body, f"{sort}[] {self.result}", given)
-        del model.graph.output[0].type.tensor_type.shape.dim[:]
         model.graph.output[0].type.tensor_type.ClearField("shape")
+        return ReferenceEvaluator(model)
+
+    def cells(self, queries: int, keys: int, *, batch: int = 1, **feeds: np.ndarray) -> np.ndarray:
+        """The mask as booleans (batch, heads, queries, keys), computed by onnx's reference evaluator."""
         feeds |= {
             "query": np.zeros((batch, HEADS, queries, HEAD_SIZE), np.float32),
             "key": np.zeros((batch, HEADS, keys, HEAD_SIZE), np.float32),
@@ -99,7 +104,7 @@ class MaskModel:
         }
         if self.form == "scores":
             feeds["scores"] = np.ones((batch, HEADS, queries, keys), np.float32)
-        (found,) = ReferenceEvaluator(model).run([self.result], feeds)
+        (found,) = self._evaluator.run([self.result], feeds)
         shown = found if self.form == "seen" else found > -1e30
         return np.broadcast_to(shown, (batch, HEADS, queries, keys))
 
@@ -120,8 +125,11 @@ def verdict_on(model: MaskModel | onnx.ModelProto) -> BandProof | Refutation:
 
 
 def band_cells(band: BandMask, queries: int, keys: int) -> np.ndarray:
-    """The band as booleans (queries, keys), cell by cell from its definition."""
-    return np.array([[band.shows(q, k, queries=queries, keys=keys) for k in range(keys)] for q in range(queries)])
+    """The band as booleans (queries, keys), from its definition."""
+    offset = keys - queries if band.alignment is Alignment.BOTTOM_RIGHT else 0
+    distance = np.arange(keys)[None, :] - (np.arange(queries)[:, None] + offset)
+    left, right = -np.inf if band.left is None else -band.left, np.inf if band.right is None else band.right
+    return np.asarray((distance >= left) & (distance <= right))
 
 
 def assert_is(model: MaskModel, band: BandMask, sizes: tuple[tuple[int, int], ...], **feeds: np.ndarray) -> None:
