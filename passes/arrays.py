@@ -39,7 +39,8 @@ class ArrayReader:
         pattern = self._patterns[name]
         if pattern:
             return pattern.at(indices)
-        return self._choice(name, array, indices) if sort is Sort.REAL else self._looked_up(name, array, indices, sort)
+        mask_like = sort is Sort.REAL and array.ndim >= 2 and array.shape[-1] > 1
+        return self._choice(name, array, indices) if mask_like else self._looked_up(name, array, indices, sort)
 
     def _choice(self, name: str, array: np.ndarray, indices: Index) -> Expr:
         """The element of a mask of a few numbers: which of them it is, by boolean arrays."""

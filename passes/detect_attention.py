@@ -345,7 +345,9 @@ def _sinks(reading: Reading, logits: IndexTensor, lead: Index, axes: Axes) -> st
     if width != ONE:
         raise NotReadable("extra-columns", f"the softmax is {width} columns wider than the product, expected 0 or 1 (a sink)")
     column = reading.sizes.resolve(logits.at(*lead, axes.query, axes.keys))
-    (case,) = _without_row_terms(reading, cases(column, score=""), axes)
+    case, *more = _without_row_terms(reading, cases(column, score=""), axes)
+    if more:
+        raise NotReadable("sink-form", f"expected one sink logit a head, found {1 + len(more)} cases of it")
     if not case.logit.terms:
         return case.logit.constant
     (term,) = case.logit.terms
