@@ -47,7 +47,7 @@ def triangles(length: int, window: int, _: Any) -> torch.Tensor:
 
 
 def triangles_apart(length: int, window: int, _: Any) -> torch.Tensor:
-    full = torch.ones(length, length)
+    full = torch.ones(length, length, dtype=torch.long)
     return (torch.tril(full) - torch.tril(full, -window)).bool()
 
 
@@ -76,7 +76,7 @@ def vmapped_lookup(length: int, window: int, _: Any) -> torch.Tensor:
     places = torch.arange(length).expand(2, length)
 
     def cell(b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (places[b, k] > places[b, q] - window) & (k <= q)
+        return (torch.ops.aten.index(places, [b, k]) > torch.ops.aten.index(places, [b, q]) - window) & (k <= q)
 
     line = torch.arange(length)
     for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
@@ -215,7 +215,7 @@ class StaticCache(torch.nn.Module):
 class ConstantMasks(torch.nn.Module):
     """A window in a buffer, cut to the length, and a second causal mask that is added."""
 
-    def __init__(self, window: int, capacity: int = 16) -> None:
+    def __init__(self, window: int, capacity: int = 24) -> None:
         super().__init__()
         causal = torch.tril(torch.ones(capacity, capacity, dtype=torch.bool))
         self.register_buffer("window", (causal ^ torch.tril(causal, -window)).view(1, 1, capacity, capacity), persistent=False)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -279,15 +282,26 @@ def test_damaged_files(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match=r"expected a .pt2 archive, found \d+ bytes that are none .* The file is damaged, truncated"):
         read_pt2(path)
-    path.write_bytes(whole.replace(b"model.json", b"other.json"))
-    path.write_bytes(whole.replace(b"aten.scaled_dot_product_attention", b"mine.scaled_dot_product_attention"))
-    with pytest.raises(ModelError, match="the exported program cannot be loaded"):
+    path.write_bytes(whole)
+    _rewritten(path, lambda name, data: data.replace(b"ops.aten.scaled", b"ops.mine.scaled"))
+    with pytest.raises(ModelError, match=r"cannot be loaded \(.*mine.scaled.* uses custom operators of a package that must be imported first"):
+        read_pt2(path)
+    _rewritten(path, lambda name, data: None if name.endswith("model.json") else data)
+    with pytest.raises(ModelError, match="expected a program that torch.export.save wrote, found an archive without one"):
         read_pt2(path)
 
 
-def test_missing_torch_names_the_extra(tmp_path, monkeypatch):
-    import sys
+def _rewritten(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        changed = {name: change(name, archive.read(name)) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in changed.items():
+            if data is not None:
+                archive.writestr(name, data)
 
+
+def test_missing_torch_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.delattr("swacompile.frontends.fx")
     monkeypatch.delitem(sys.modules, "swacompile.frontends.fx")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModelError, match=r"Install swacompile\[torch\]"):
