@@ -1,0 +1,1 @@
+"""The torch operator: C++ sources, how they are built and loaded, and the gradient."""
