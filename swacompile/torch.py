@@ -1,6 +1,6 @@
 """torch.ops.swacompile.banded_attention: importing this module registers it, with its fake kernel and its gradient.
 
-The operator is docs/operator.md's BandedAttention on tensors of the order (batch, heads, length, size), with any strides:
+docs/operator.md's BandedAttention on tensors of the order (batch, heads, length, size), with any strides:
 
     banded_attention(query, key, value, key_padding=None, segments=None, sinks=None, bias=None, alibi_slopes=None,
                      offset=None, *, scale, softcap=0.0, left_window_size=-1, right_window_size=-1,

@@ -42,7 +42,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def tensors(case: Case) -> dict[str, "torch.Tensor"]:
-    """The case's operands in logical order (batch, heads, length, size): a BSHD case becomes a view with other strides."""
+    """The case's operands in logical order (batch, heads, length, size): a BSHD case becomes a view."""
     made = {name: torch.from_numpy(np.array(array)) for name, array in case.operands.items()}
     if case.layout == "BSHD":
         made |= {name: made[name].transpose(1, 2) for name in ("query", "key", "value")}

@@ -1,7 +1,7 @@
-"""The gradient of BandedAttention: a block of queries at a time, dense within the block's keys, in O(n * window) work and memory.
+"""The gradient of BandedAttention: a block of queries at a time, dense within the block's keys.
 
-Weights are computed again from the operands. Half precision is computed in float32. A zeroed band has a weight for every key, so its
-blocks reach over all keys: O(n^2) work, still one block's memory.
+O(n * window) work and memory. Weights are computed again from the operands, half precision in float32. A zeroed band has
+a weight for every key, so its blocks reach over all keys: O(n^2) work, still one block's memory.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ BLOCK_SCORES = 2**23
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
-    """The operands of one call (docs/operator.md). Window sizes are -1 where unbounded; `offset` is the key position of query 0."""
+    """The operands of one call (docs/operator.md). Window sizes: -1 = unbounded. `offset`: key position of query 0."""
 
     query: Tensor
     key: Tensor
@@ -69,7 +69,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Gradients:
-    """Sums so far, in float32: query (B,K,G,S,D), key (B,K,T,D), value (B,K,T,V), sinks and alibi_slopes (K,G), bias as the operand."""
+    """Sums so far, float32: query (B,K,G,S,D), key (B,K,T,D), value (B,K,T,V), sinks and slopes (K,G), bias as given."""
 
     query: Tensor
     key: Tensor

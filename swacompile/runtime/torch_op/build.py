@@ -1,4 +1,4 @@
-"""Build the operator for the torch that is installed, and kernels for head sizes that nobody built yet. Both are kept in the cache."""
+"""Build the operator for the torch that is installed, and kernels for head sizes that nobody built yet, into the cache."""
 
 import logging
 import time
@@ -91,5 +91,7 @@ def _tvm_version() -> str:
     try:
         return metadata.version("apache-tvm")
     except metadata.PackageNotFoundError as error:
-        raise ImportError("TVM is not installed, so no kernel can be built: install apache-tvm, or compile the model on a machine "
-                          "that has it and open the folder here with swacompile.load") from error  # fmt: skip
+        raise ImportError(
+            "TVM is not installed, so no kernel can be built: install apache-tvm, or compile the model on a machine that "
+            "has it and open the folder here with swacompile.load"
+        ) from error
