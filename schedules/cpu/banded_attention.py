@@ -130,7 +130,7 @@ class _Worker:
         self._tile_path.emit(batch, head, tile)
         query0 = let(tile * tiles.queries)
         rows = minimum(i64(tiles.queries), problem.queries - query0)
-        self._set_row(batch, head, head, query0, select(self._tile_path.is_suspect(), rows, i64(0)))
+        self._set_row(batch, head, head, query0, select(self._tile_path.is_finite(), i64(0), rows))
 
     def _fold(self, tile: Expr, count: Expr) -> Expr:
         """Where tiles cost unequal shares (a side of the band reaches far), take them from both ends in turn: equal runs then cost the same."""

@@ -27,6 +27,7 @@ from swacompile.schedules.cpu.emit import (
     load,
     maximum,
     minimum,
+    prefetch,
     scratch,
     select,
     shuffle,
@@ -39,18 +40,26 @@ from swacompile.schedules.cpu.tiles import Tiles, split_columns
 from swacompile.schedules.cpu.vector_math import LOG2_E, exp2, sum_lanes, tanh, transpose
 from swacompile.workload import DType
 
+ORIGIN = (i64(0), i64(0), i64(0))
+"""With these indices the last one of a 4-D operand counts elements from its start."""
+CACHE_LINE = 64
 Piece = tuple[int, int]
 """First column and lanes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileScratch:
-    """One thread's memory. Per query: bounds of the visible keys, running maximum and sum, and factors for the output."""
+    """One thread's memory.
+
+    Per key of a tile: where its row starts, in elements. Per query: bounds of the visible keys, running maximum and sum, and factors
+    for the output.
+    """
 
     packed: Buffer
     scores: Buffer
     partial: Buffer | None
     converted: Buffer | None
+    key_offset: Buffer
     first: Buffer
     stop: Buffer
     position: Buffer
@@ -75,6 +84,7 @@ class TileScratch:
             scores=scratch(tiles.keys * queries),
             partial=partial,
             converted=converted,
+            key_offset=scratch(tiles.keys, "int64"),
             first=scratch(queries, "int32"),
             stop=scratch(queries, "int32"),
             position=scratch(queries, "int32"),
@@ -108,6 +118,7 @@ class TilePath:
         self._pack_queries()
         self._find_bounds()
         self._start_softmax()
+        self._prefetch_next()
         self._emit_key_tiles()
 
     def _pack_queries(self) -> None:
@@ -130,6 +141,20 @@ class TilePath:
                     problem.elements.load(problem.query, self._batch, self._head, row, i64(column)) for row in rows
                 ]
                 self._store_packed(shuffle(scalars, range(lanes)) * splat(scale, lanes), i64(column), vector)
+
+    def _prefetch_next(self) -> None:
+        """The next tile's queries and the keys and values that its window adds, while this tile computes."""
+        problem = self._problem
+        bytes_per_element = problem.elements.dtype.bytes
+        operands = (
+            (problem.query, self._head, self._query0 + self._tiles.queries, problem.queries, problem.head_size),
+            (problem.key, self._kv_head, self._stop_key, problem.keys, problem.head_size),
+            (problem.value, self._kv_head, self._stop_key, problem.keys, problem.value_size),
+        )
+        for operand, head, first, end, columns in operands:
+            with for_range(first, minimum(first + self._tiles.queries, end)) as row:
+                for column in range(0, columns, CACHE_LINE // bytes_per_element):
+                    prefetch(operand, self._batch, head, row, i64(column))
 
     def _store_packed(self, value: Expr, column: Expr, vector: Expr) -> None:
         lanes = self._tiles.lanes
@@ -187,6 +212,7 @@ class TilePath:
             self._key_count = clamp(self._stop_key - self._key0, i64(0), even)
             self._is_first = let(equal(index, i64(0)))
             self._is_last = let(equal(index, count - 1))
+            self._find_keys()
             self._emit_scores()
             with when(self._problem.changes_scores):
                 self._change_scores()
@@ -195,6 +221,18 @@ class TilePath:
 
     # Scores
 
+    def _find_keys(self) -> None:
+        """Where the tile's keys start; beyond the last key, where that one does. A table, because LLVM would rather compute each row's
+        address anew for every element than hold eight of them in registers."""
+        key, lanes = self._problem.key, self._tiles.lanes
+        batch_stride, head_stride, stride = key.strides[:3]
+        base = let(self._batch * batch_stride + self._kv_head * head_stride)
+        with for_range(0, ceil_div(self._key_count, i64(lanes))) as vector:
+            index = _lanes_from(self._key0 + vector * lanes, lanes)
+            row = let(tirx.min(index, splat(self._problem.keys - 1, lanes)))
+            place = splat(base, lanes) + row * splat(stride, lanes)
+            store(self._memory.key_offset, place, vector * lanes, lanes=lanes)
+
     def _emit_scores(self) -> None:
         tiles = self._tiles
         width = tiles.score_vectors
@@ -202,7 +240,7 @@ class TilePath:
             row = let(block * tiles.score_keys)
             key = let(self._key0 + row)
             if self._memory.converted is not None:
-                self._convert_keys(key)
+                self._convert_keys(row)
             with for_range(0, ceil_div(self._vectors, i64(width))) as group:
                 vector = let(group * width)
                 touched = all_of(self._touches(key, vector, width), vector + width <= self._vectors)
@@ -234,7 +272,7 @@ class TilePath:
         for row_acc in acc:
             for j in range(width):
                 row_acc[j] = 0.0
-        keys = [minimum(key + i, self._problem.keys - 1) for i in range(tiles.score_keys)]
+        keys = [load(memory.key_offset, row + i) for i in range(tiles.score_keys)]
         with for_range(0, self._problem.head_size) as column:
             base = let(column * tiles.queries + vector * lanes)
             queries = [load(memory.packed, base + i * lanes, lanes=lanes) for i in range(width)]
@@ -253,21 +291,20 @@ class TilePath:
             lambda: self._store_scores(acc, row, key, vector, width, masked=True),
         )
 
-    def _load_key(self, key: Expr, row: int, column: Expr) -> Expr:
+    def _load_key(self, offset: Expr, row: int, column: Expr) -> Expr:
         if self._memory.converted is not None:
             return load(self._memory.converted, row * self._problem.head_size + column)
-        return load(self._problem.key, self._batch, self._kv_head, key, column)
+        return load(self._problem.key, *ORIGIN, offset + column)
 
-    def _convert_keys(self, key: Expr) -> None:
+    def _convert_keys(self, row: Expr) -> None:
         """A block's keys as float32."""
-        problem, lanes = self._problem, self._tiles.lanes
+        problem = self._problem
         pieces = [piece for group in split_columns(problem.head_size, self._tiles) for piece in group]
         for i in range(self._tiles.score_keys):
-            source = minimum(key + i, problem.keys - 1)
+            source = load(self._memory.key_offset, row + i)
             for column, width in pieces:
-                value = problem.elements.load(problem.key, self._batch, self._kv_head, source, column, lanes=width)
+                value = problem.elements.load(problem.key, *ORIGIN, source + column, lanes=width)
                 store(self._memory.converted, value, i * problem.head_size + column, lanes=width)
-        del lanes
 
     def _store_scores(
         self, acc: list[Registers], row: Expr, key: Expr, vector: Expr, width: int, *, masked: bool
@@ -507,11 +544,10 @@ class TilePath:
                     seen = load(memory.suspect, 0, lanes=lanes)
                     store(memory.suspect, seen + result * splat(0.0, lanes), 0, lanes=lanes)
 
-    def is_suspect(self) -> Expr:
-        """Whether an output of the last tile is not finite."""
+    def is_finite(self) -> Expr:
+        """Whether all outputs of the last tile are finite. (TVM's != is false for NaN, its == as well.)"""
         lanes = self._tiles.lanes
-        total = sum_lanes(load(self._memory.suspect, 0, lanes=lanes), lanes)
-        return let(tirx.NE(total, f32(0.0)))
+        return equal(sum_lanes(load(self._memory.suspect, 0, lanes=lanes), lanes), f32(0.0))
 
 
 def _lanes_from(base: Expr, lanes: int) -> Expr:

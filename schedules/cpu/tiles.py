@@ -1,5 +1,6 @@
 """How much of the work one thread holds at a time: the sizes of tiles and of register blocks."""
 
+import itertools
 from dataclasses import dataclass
 
 from swacompile.target import CpuLimits
@@ -50,21 +51,20 @@ def choose_tiles(*, dtype: DType, head_size: int, value_size: int, limits: CpuLi
     """
     lanes = limits.floats_per_vector
     wide = limits.vector_registers >= 32
-    for vectors in (3, 2, 1) if wide else (2, 1):
-        block = lanes * vectors
-        score_keys = (24 if wide else 12) // vectors
-        for keys in (96, 72, 48, 24):
-            tiles = Tiles(
-                lanes=lanes,
-                queries=block * max(1, 48 // block),
-                keys=keys,
-                score_keys=score_keys,
-                score_vectors=vectors,
-                output_rows=4,
-                output_vectors=4 if wide else 2,
-            )
-            if scratch_bytes(tiles, dtype=dtype, head_size=head_size, value_size=value_size) <= SCRATCH_BYTES:
-                return tiles
+    for vectors, queries, keys in itertools.product((3, 2, 1) if wide else (2, 1), (48, 32, 16), (96, 48, 24)):
+        if queries % (vectors * lanes):
+            continue
+        tiles = Tiles(
+            lanes=lanes,
+            queries=queries,
+            keys=keys,
+            score_keys=min(24 if wide else 12, 12 * vectors) // vectors,
+            score_vectors=vectors,
+            output_rows=4,
+            output_vectors=4 if wide else 2,
+        )
+        if scratch_bytes(tiles, dtype=dtype, head_size=head_size, value_size=value_size) <= SCRATCH_BYTES:
+            return tiles
     raise ValueError(
         f"head sizes {head_size} and {value_size} need more than {SCRATCH_BYTES} bytes of scratch a thread"
     )
@@ -77,7 +77,7 @@ def scratch_bytes(tiles: Tiles, *, dtype: DType, head_size: int, value_size: int
     if dtype is not DType.F32:
         floats += tiles.queries * value_size
         floats += max(tiles.score_keys * head_size, tiles.keys * min(tiles.output_columns, value_size))
-    return 4 * (floats + 8 * tiles.queries)
+    return 4 * (floats + 9 * tiles.queries + 2 * tiles.keys + 64)
 
 
 def split_columns(columns: int, tiles: Tiles) -> tuple[tuple[tuple[int, int], ...], ...]:
