@@ -14,10 +14,11 @@ from math import inf, sqrt
 from swacompile.attention import Attention, Axes, Finding, Layout, MaskedRows, Operand, Refutation
 from swacompile.graph import Graph, Node
 from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, const_real, floordiv, index, integer, le, mul, neg, or_
-from swacompile.index_expr import ite, real, real_add, sub, substitute, walk
+from swacompile.index_expr import ite, nonempty, real, real_add, sub, substitute, walk
 from swacompile.passes.arrays import PREFIX
-from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index
+from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, substitute_sizes
 from swacompile.passes.logits import Case, Logit, UnreadableLogits, cases
+from swacompile.passes.packed_positions import with_indices_for_positions
 from swacompile.passes.read_masks import Reading
 from swacompile.passes.trace import Source, trace
 
@@ -504,13 +505,19 @@ def _attention(  # noqa: PLR0913
     if len(dtypes) != 1:
         raise NotReadable("mixed-dtypes", f"query, key and value have data types {sorted(dtypes)}, expected one")
     resolve = reading.sizes.resolve
-    visible = resolve(visible)
+    known = {extent: nonempty(extent) for extent in (axes.batch.args[0], axes.queries, axes.keys)}  # for a cell to exist
+
+    def refined(formula: Expr) -> Expr:
+        return substitute_sizes(resolve(formula), known)
+
+    axes = Axes(batch=refined(axes.batch), head=axes.head, query=refined(axes.query), key=refined(axes.key))
+    visible = with_indices_for_positions(refined(visible), axes, reading, known)
     return Attention(
         node=node.name, form=form, mask_form=mask_form, query=found.query.operand, key=found.key.operand, value=found.value.operand, output=output,
-        merged_output=merged, axes=axes, visible=visible, zeroed=resolve(zeroed), heads=heads, kv_heads=found.key.heads,
+        merged_output=merged, axes=axes, visible=visible, zeroed=refined(zeroed), heads=heads, kv_heads=found.key.heads,
         head_size=const_int(resolve(found.query.tensor.shape[3])), value_head_size=const_int(resolve(found.value.tensor.shape[3])),
         dtype=dtypes.pop(), scale=scale * found.query.scale * found.key.scale, softcap=softcap, sinks=sinks, masked_rows=masked_rows,
-        assumptions=reading.assumptions(), bias=None if bias is None else resolve(bias),
+        assumptions=reading.assumptions(known), bias=None if bias is None else refined(bias),
     )  # fmt: skip
 
 

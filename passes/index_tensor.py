@@ -164,9 +164,11 @@ class Sizes:
             result = tuple(self.unify(a, b) for a, b in zip(result, shape, strict=True))
         return result
 
-    def equalities(self, of: set[Expr]) -> tuple[str, ...]:
-        """The equalities that speak of these sizes, as text."""
-        return tuple(sorted(f"{gone} == {stays}" for gone, stays in self._equal.items() if of & set(walk(gone))))
+    def equalities(self, of: set[Expr], known: dict[Expr, Expr]) -> tuple[str, ...]:
+        """The equalities that speak of these sizes, as text; without those that follow from what is `known` of sizes."""
+        told = ((gone, stays) for gone, stays in self._equal.items() if of & set(walk(gone)))
+        refined = ((substitute_sizes(gone, known), substitute_sizes(stays, known)) for gone, stays in told)
+        return tuple(sorted(f"{gone} == {stays}" for gone, stays in refined if gone != stays))
 
 
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:

@@ -29,11 +29,14 @@ class Reading:
         dtype = _dtype(node, self)
         return Operands(node=node, graph=self.graph, tensors=self.tensors, sizes=self.sizes, dtype=dtype)
 
-    def assumptions(self) -> tuple[str, ...]:
-        """Equalities between sizes of the model's inputs that it needs to run; broadcasting one of them from 1 is the other way out."""
+    def assumptions(self, known: dict[Expr, Expr]) -> tuple[str, ...]:
+        """Equalities between sizes of the model's inputs that it needs to run; broadcasting one of them from 1 is the other way out.
+
+        `known` has more precise sizes in place of some.
+        """
         given = (self.graph.types[name].dims or () for name in self.graph.inputs if name in self.graph.types)
         dims = {dim for dims in given for dim in dims if dim is not None}
-        return self.sizes.equalities(dims)
+        return self.sizes.equalities(dims, known)
 
     def extents(self, value: str) -> Index | None:
         """Shape of a value after all that is known of sizes, None where the rank is unknown."""

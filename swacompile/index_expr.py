@@ -84,7 +84,7 @@ class Expr:
 Index = tuple[Expr, ...]
 
 MAX_SIZE = 2**31 - 1  # No tensor has a longer axis. Overflow is judged for sizes up to here.
-MAX_DATA = 2**62  # Integers in run-time data (positions, lengths, labels) are taken to be smaller than this.
+MAX_DATA = 2**60  # Integers in run-time data (positions, lengths, labels) are taken to be smaller than this.
 
 
 # ---------------------------------------------------------------------------------------------------------- leaves
@@ -109,6 +109,21 @@ TRUE, FALSE = boolean(True), boolean(False)
 def size(name: str) -> Expr:
     """A size known only at run time, at least 0: a cache may be empty."""
     return Expr(Op.SYMBOL, Sort.INT, (), name)
+
+
+class _Nonempty(str):
+    """Name of a size that is known to be at least 1."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()} >= 1"
+
+
+def nonempty(extent: Expr) -> Expr:
+    """The same size, known to be at least 1: there is an element along its axis. Anything but a plain size is given back."""
+    plain = extent.op is Op.SYMBOL and not extent.args
+    return Expr(Op.SYMBOL, Sort.INT, (), _Nonempty(extent.name)) if plain else extent
 
 
 def index(name: str, extent: Expr) -> Expr:
@@ -335,7 +350,7 @@ def _negative_term(monomial: _Monomial, coefficient: int, depth: int) -> int | N
 
 def _atom_lowest(atom: Expr, depth: int) -> int | None:
     if atom.op is Op.SYMBOL:
-        return 0
+        return 1 if isinstance(atom.value, _Nonempty) else 0
     if atom.op is Op.MOD and divides_safely(atom.args[1]):
         return 0
     if atom.op is Op.FLOORDIV and depth and divides_safely(atom.args[1]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import FALSE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
+from swacompile.index_expr import FALSE, ONE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
 from swacompile.passes.index_tensor import Unreadable, broadcast_index, kept, normal_axis, wrapped
 from swacompile.passes.rules.views import constants
 from swacompile.passes.smt import is_valid
@@ -81,16 +81,19 @@ def _cumsum(ops: Operands) -> Meaning:
     """The running sum of a tensor whose elements are all provably one number."""
     data = ops.tensor(0)
     axis = normal_axis(constants(ops.tensor(1))[0], data.rank)
-    if ops.integer("reverse", 0):
-        raise Unreadable("a running sum from the end")
-    first = 0 if ops.integer("exclusive", 0) else 1
+    exclusive, backwards = ops.integer("exclusive", 0), ops.integer("reverse", 0)
+
+    def summed(position: Expr) -> Expr:
+        """How many elements the sum up to here has."""
+        before = sub(data.shape[axis], add(position, ONE)) if backwards else position
+        return before if exclusive else add(before, ONE)
 
     def read(indices: Index) -> Expr:
         anywhere = index("i", data.shape[axis])
         element = to_integer(data.at(*indices[:axis], anywhere, *indices[axis + 1 :]))
         for number in (0, 1):
             if is_valid(eq(element, integer(number))):
-                return kept(mul(integer(number), add(indices[axis], integer(first))), ops.dtype)
+                return kept(mul(integer(number), summed(indices[axis])), ops.dtype)
         raise Unreadable("a running sum of elements that differ")
 
     return Meaning(shape=data.shape, read=read)
