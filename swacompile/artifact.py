@@ -26,12 +26,13 @@ PACKAGES = ("swacompile", "apache-tvm", "onnx", "onnx-ir", "onnxruntime", "z3-so
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a compiled folder holds. `report` is the document of `inspect --json` for the source model."""
+    """What a compiled folder holds. `report` is the document of `inspect --json` for the source model, `tuning` says where sizes come from."""
 
     source: str
     replaced: tuple[str, ...]
     kernels: tuple[str, ...]
     targets: tuple[str, ...]
+    tuning: tuple[str, ...]
     report: Mapping[str, Any]
     versions: Mapping[str, str]
     hashes: Mapping[str, str]
@@ -39,7 +40,7 @@ class Manifest:
     def document(self) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION, "source": self.source, "replaced": list(self.replaced), "kernels": list(self.kernels),
-            "targets": list(self.targets), "report": dict(self.report), "versions": dict(self.versions), "sha256": dict(self.hashes),
+            "targets": list(self.targets), "tuning": list(self.tuning), "report": dict(self.report), "versions": dict(self.versions), "sha256": dict(self.hashes),
         }  # fmt: skip
 
 

@@ -11,9 +11,11 @@ from rich.console import Console
 
 from swacompile import pipeline
 from swacompile.attention import BandProof, Kind, Refutation
+from swacompile.cli_tuning import records_folder, register
 from swacompile.errors import SwacompileError
 from swacompile.pipeline import Emit
 from swacompile.report.findings import as_json, explain, print_findings, print_outcomes
+from swacompile.tuning.database import Database
 
 NOTHING_DONE = 1
 BAD_INPUT = 2
@@ -91,14 +93,20 @@ def compile_(
     Example: `swacompile compile mistral.onnx -o mistral.swa`
     """
     with err.status(f"compiling {model.name}") as status:
-        done = pipeline.compile(model, output, full=full, force=force, progress=lambda step: status.update(step))
+        database = Database(folders=(records_folder(),))
+        done = pipeline.compile(model, output, database=database, full=full, force=force, progress=lambda step: status.update(step))
     if as_document:
         _print_json(_rewrite_document(done.rewrite) | {"manifest": done.manifest.document() if done.manifest else None})
     else:
         print_outcomes(out, done.rewrite.outcomes)
+        for choice in done.choices:
+            out.print(f"tuning {choice}", soft_wrap=True, highlight=False)
         kernels = ", ".join(done.manifest.kernels) if done.manifest else ""
         out.print(f"wrote {output}: kernels {kernels}" if done.manifest else "nothing to replace, nothing written", soft_wrap=True)
     raise typer.Exit(0 if done.rewrite.replaced else NOTHING_DONE)
+
+
+register(app)
 
 
 def _rewrite_document(done: pipeline.Rewrite) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from swacompile.passes.prove_band import Prover
 from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.report.findings import as_json
 from swacompile.target import Target, host_targets
+from swacompile.tuning.database import Choice, Database
+from swacompile.tuning.kernel_choice import KernelChoice, choose_cpu_kernels
+from swacompile.tuning.shapes import workloads_of
 from swacompile.workload import DType
 
 if TYPE_CHECKING:
@@ -58,10 +61,14 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
-    """What a compile did; `manifest` is None where nothing was replaced and nothing written."""
+    """What a compile did; `manifest` is None where nothing was replaced and nothing written.
+
+    `choices` say which tuning record, or that the analytical default, each kernel was built with.
+    """
 
     rewrite: Rewrite
     manifest: Manifest | None
+    choices: tuple[Choice, ...]
 
 
 def inspect(model: Path) -> Inspection:
@@ -94,11 +101,13 @@ def rewrite(model: Path, out: Path, *, emit: Emit = Emit.BANDED, full: bool = Fa
 
 
 def compile(  # noqa: A001  the public name of the step
-    model: Path, out: Path, *, targets: Sequence[Target] = (), full: bool = False, force: bool = False, progress: Callable[[str], None] = lambda _: None
-) -> Compiled:
+    model: Path, out: Path, *, targets: Sequence[Target] = (), database: Database | None = None, full: bool = False, force: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Compiled:  # fmt: skip
     """Write a folder with the rewritten model, a kernel library and a manifest; nothing where no attention is replaced.
 
-    `targets` are the instruction sets that the library holds, the best of this machine by default; `progress` hears of each step.
+    `targets` are the instruction sets that the library holds, the best of this machine by default; `database` has the tuning records,
+    those shipped with swacompile by default; `progress` hears of each step.
     Raises ModelError, OutputError, TargetError, ToolchainError.
     """
     from swacompile import artifact
@@ -118,16 +127,19 @@ def compile(  # noqa: A001  the public name of the step
         save(source, folder / artifact.MODEL, force=False)
         variants = kernel_variants(done.replaced)
         progress(f"building {len(variants)} kernels for {', '.join(target.name for target in targets)}")
-        build_library(variants, targets, folder / artifact.LIBRARY)
+        kernels = choose_kernels(done.replaced, targets, database or Database())
+        build_library(variants, targets, folder / artifact.LIBRARY, kernels)
+        choices = tuple(choice for kernel in kernels for choice in kernel.choices)
         manifest = artifact.Manifest(
             source=model.name, replaced=tuple(r.site.node for r in done.replaced), targets=tuple(target.name for target in targets),
             kernels=tuple(variant.function_name(target) for target in targets for variant in variants),
             report=as_json(model.name, findings), versions=artifact.versions(),
+            tuning=tuple(str(choice) for choice in choices),
             hashes={name: artifact.file_hash(folder / name) for name in (artifact.MODEL, artifact.LIBRARY)},
         )  # fmt: skip
         artifact.write_manifest(folder, manifest)
-        return Compiled(rewrite=done, manifest=manifest)
-    return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None)
+        return Compiled(rewrite=done, manifest=manifest, choices=choices)
+    return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None, choices=())
 
 
 def splice(source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...], emit: Emit) -> tuple[Replacement | Refutation, ...]:
@@ -149,17 +161,28 @@ def kernel_variants(replaced: Sequence[Replacement]) -> tuple[KernelVariant, ...
     return tuple(KernelVariant(dtype=short[dtype], head_size=size, value_size=value) for dtype, size, value in sorted(needed))
 
 
-def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path) -> None:
-    """Build the kernels for every target and link them into an ONNX Runtime library. Raises TargetError, ToolchainError."""
+def choose_kernels(replaced: Sequence[Replacement], targets: Sequence[Target], database: Database) -> tuple[KernelChoice, ...]:
+    """Sizes of the kernels that these attentions need on every target, from the tuning records."""
+    from swacompile.tuning.runner import device_name
+
+    workloads, device = workloads_of(replaced), device_name()
+    return tuple(choice for target in targets for choice in choose_cpu_kernels(workloads, target, database, device=device))
+
+
+def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path, kernels: Sequence[KernelChoice] = ()) -> None:
+    """Build the kernels for every target and link them into an ONNX Runtime library. Raises TargetError, ToolchainError.
+
+    Sizes are those of `kernels`, and analytical defaults for a variant that is not among them.
+    """
     from swacompile.kernels.build import build_cpu_object
     from swacompile.runtime.ort_library import LibraryKernel, build_ort_library
 
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder, f"{target.name}.o") for target in targets]
         for target, path in zip(targets, objects, strict=True):
-            build_cpu_object(variants, target, path)
-        kernels = [LibraryKernel(variant=variant, target=target) for target in targets for variant in variants]
-        build_ort_library(objects, kernels, out)
+            build_cpu_object(variants, target, path, tiles={kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target})
+        rows = [LibraryKernel(variant=variant, target=target) for target in targets for variant in variants]
+        build_ort_library(objects, rows, out)
 
 
 def read(model: Path) -> "OnnxModel | FxModel":

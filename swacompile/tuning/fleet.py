@@ -8,6 +8,8 @@ trusted, closed network.
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 from swacompile.errors import TargetError
@@ -24,8 +26,8 @@ ATTEMPTS = 3
 """Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed."""
 
 
-class FleetMeasurer:
-    """Every server that a tracker has under one key. They are taken to be alike."""
+class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
+    """Every server that a tracker has under one key. They are taken to be alike. Leaving the context ends the connections."""
 
     def __init__(
         self, bench: Workbench, *, tracker: tuple[str, int], key: str, device: str | None = None, threads: int = 1,
@@ -36,6 +38,13 @@ class FleetMeasurer:
         self._device = device or key
         self._threads = threads
         self._run_seconds, self._wait_seconds = run_seconds, wait_seconds
+        self._workers: list[Worker] = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.close()
 
     @property
     def target(self) -> Target:
@@ -54,7 +63,7 @@ class FleetMeasurer:
         for candidate in runnable:
             todo.put(candidate)
         results: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
-        workers = [Worker(RPC_COMMAND) for _ in range(min(len(runnable), self.servers() if runnable else 0))]
+        workers = self._connected()[: len(runnable)]
         threads = [threading.Thread(target=self._serve, args=(w, todo, effort, results), daemon=True) for w in workers]
         for thread in threads:
             thread.start()
@@ -67,8 +76,14 @@ class FleetMeasurer:
         finally:
             while not todo.empty():
                 todo.get()
-            for worker in workers:
-                worker.close()
+            for thread in threads:
+                thread.join(timeout=self._run_seconds + self._wait_seconds)
+
+    def _connected(self) -> list[Worker]:
+        """One process a server, kept between calls: each takes seconds to start."""
+        if not self._workers:
+            self._workers = [Worker(RPC_COMMAND) for _ in range(self.servers())]
+        return self._workers
 
     def servers(self) -> int:
         """How many servers the tracker has under the key, free or busy. Raises TargetError where there is none."""

@@ -42,8 +42,8 @@ def tune(
 ) -> Tuned:
     """Search the best Config of a workload. Every outcome is in the database before the next is measured.
 
-    What earlier runs measured with the same kernels on the same device is not measured again. An interrupt (Ctrl-C) ends
-    the search and keeps what was measured. Raises OutputError, TargetError.
+    What earlier runs measured with the same kernels on the same device is not measured again. An interrupt (Ctrl-C)
+    ends the search and keeps what was measured. Raises OutputError, TargetError.
     """
     target, provenance = measurer.target, measurer.provenance
     space = rule_for(workload, target).space(workload, target)

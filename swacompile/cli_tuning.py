@@ -1,0 +1,323 @@
+"""The commands `tune` and `records`: options in, calls of swacompile.tuning, tables out."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from swacompile.errors import ArgumentError
+from swacompile.target import TARGETS, Target, host_targets, target_named
+from swacompile.tuning import store
+from swacompile.tuning.database import Database, best
+from swacompile.tuning.record import Status, TuningRecord
+from swacompile.tuning.rules import rule_for
+from swacompile.tuning.search import Limits
+from swacompile.tuning.tune import Tuned, default_of
+from swacompile.workload import Workload
+
+INTERRUPTED = 130
+TYPICAL_BUILD_SECONDS = 4.0
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+WIDE = 250  # columns where stdout is a file or a pipe: a Config is long
+out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
+
+What = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL|WORKLOAD]...",
+        help="Models, for all their workloads, or workloads such as f32-d64-v64-g4-w512-n2048.",
+    ),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option("--target", help="The hardware, by the name of its target. Default: the best that this machine runs."),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--records",
+        help="Folder of the tuning database. Default: SWACOMPILE_RECORDS, or swacompile/records in the user's data folder.",
+    ),
+]
+
+
+def records_folder(given: Path | None = None) -> Path:
+    """The folder of the user's own records."""
+    named = os.environ.get("SWACOMPILE_RECORDS")
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return given or (Path(named) if named else Path(data) / "swacompile" / "records")
+
+
+def tune(
+    what: What = None,
+    target_name: TargetName = None,
+    budget: Annotated[str | None, typer.Option(help="Time for each workload: 60s, 10m.")] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Candidates for each workload, those measured earlier among them.")
+    ] = 48,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that a kernel may use while it is timed.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random candidates.")] = 0,
+    tracker: Annotated[
+        str | None, typer.Option(help="Measure on the servers of a TVM RPC tracker, host:port. Trusted networks only.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="The servers' key at the tracker.")] = None,
+    export_bundle: Annotated[
+        Path | None,
+        typer.Option(help="Build candidates into this .tar, to be measured on a machine without a compiler."),
+    ] = None,
+    import_results: Annotated[Path | None, typer.Option(help="Take in what a bundle's runner measured.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Write an HTML page with charts of the search.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the space and an estimate; build and measure nothing.")
+    ] = False,
+    folder: Folder = None,
+) -> None:
+    """Find the fastest kernel sizes for a model or a workload by measuring. Ctrl-C keeps what was measured; a second run continues.
+
+    Example: `swacompile tune mistral.onnx --budget 60s`
+    """
+    database = Database(folders=(records_folder(folder),))
+    if import_results is not None:
+        _import(import_results, database)
+        return
+    target = target_named(target_name) if target_name else host_targets()[0]
+    workloads = tuple(dict.fromkeys(w for text in what or () for w in _workloads(text)))
+    if not workloads:
+        raise ArgumentError("nothing to tune: give a model whose attention has a window, or a workload")
+    limits = Limits(trials=trials, seconds=_seconds(budget), seed=seed)
+    if dry_run:
+        _dry_run(workloads, target, limits)
+    elif export_bundle is not None:
+        _export(workloads, target, limits, export_bundle)
+    else:
+        _tune(
+            workloads, target, limits, database, threads=threads, tracker=_address(tracker, key), key=key, chart=chart
+        )
+
+
+def _tune(
+    workloads: Sequence[Workload], target: Target, limits: Limits, database: Database, *, threads: int,
+    tracker: tuple[str, int] | None, key: str | None, chart: Path | None,
+) -> None:  # fmt: skip
+    from swacompile.tuning.fleet import FleetMeasurer
+    from swacompile.tuning.measure import LocalMeasurer, Measurer, Workbench
+    from swacompile.tuning.tune import tune as run
+
+    results: list[Tuned] = []
+    with ExitStack() as stack:
+        bench = stack.enter_context(Workbench(target))
+        measurer: Measurer = LocalMeasurer(bench, threads=threads)
+        if tracker is not None and key is not None:
+            measurer = stack.enter_context(FleetMeasurer(bench, tracker=tracker, key=key, threads=threads))
+        for workload in workloads:
+            with _progress(workload, limits) as listen:
+                results.append(run(workload, measurer, database, limits, listen))
+            if results[-1].interrupted:
+                break
+    for tuned in results:
+        gain = "" if tuned.gain is None else f" ({tuned.gain:.2f} times as fast as the default)"
+        out.print(f"{tuned.choice}{gain}", highlight=False, soft_wrap=True)
+    if chart is not None:
+        from swacompile.tuning.chart import page
+
+        chart.write_text(page(results))
+    if results[-1].interrupted:
+        out.print("interrupted: what was measured is kept, the same command continues")
+        raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _progress(workload: Workload, limits: Limits) -> Iterator["_Listener"]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[best]}"),
+    )
+    with Progress(*columns, console=err) as bar:
+        yield _Listener(bar, bar.add_task(str(workload), total=limits.trials, best=""))
+
+
+class _Listener:
+    """Shows each record as it comes: the bar counts candidates, and the text has the best so far."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+        self._records: list[TuningRecord] = []
+
+    def __call__(self, record: TuningRecord) -> None:
+        self._records.append(record)
+        chosen = best(self._records)
+        shown = f"best {chosen.median_us:,.1f} us" if chosen is not None and chosen.median_us else "none yet"
+        self._bar.update(self._task, advance=int(record.rung == 0), best=shown)
+        if record.status is not Status.OK:
+            self._bar.console.print(
+                f"{record.config}: {record.status}: {record.message}", highlight=False, soft_wrap=True
+            )
+
+
+def _dry_run(workloads: Sequence[Workload], target: Target, limits: Limits) -> None:
+    table = Table("workload", "combinations", "possible", "default", "estimate")
+    builders = os.cpu_count() or 1
+    for workload in workloads:
+        space = rule_for(workload, target).space(workload, target)
+        possible = sum(1 for _ in space)
+        seconds = min(min(limits.trials, possible) * (TYPICAL_BUILD_SECONDS / builders + 1), limits.seconds or 1e9)
+        table.add_row(str(workload), str(space.points), str(possible), str(space.base), f"at most {seconds:.0f} s")
+    out.print(table)
+
+
+def _export(workloads: Sequence[Workload], target: Target, limits: Limits, tar: Path) -> None:
+    from swacompile.tuning import bundle
+    from swacompile.tuning.measure import Workbench
+
+    with Workbench(target) as bench, err.status(f"building candidates for {target.name}"):
+        picked = [c for w in workloads for c in bundle.pick(w, bench, trials=limits.trials, seed=limits.seed)]
+        count = bundle.export(picked, bench, tar)
+    out.print(f"wrote {tar}: {count} candidates. On the other machine, with numpy and apache-tvm-ffi installed:")
+    out.print(f"  tar xf {tar.name} {bundle.RUNNER_FILE} && python {bundle.RUNNER_FILE} {tar.name} -o results.jsonl")
+
+
+def _import(results: Path, database: Database) -> None:
+    from swacompile.tuning.bundle import take_in
+
+    added, bad = take_in(results, database)
+    out.print(f"{results}: {added} new records" + (f", {bad} bad lines skipped" if bad else ""))
+
+
+def _workloads(text: str) -> tuple[Workload, ...]:
+    if Path(text).is_file():
+        from swacompile.tuning.shapes import workloads_of_model
+
+        return workloads_of_model(Path(text))
+    if text.endswith((".onnx", ".pt2")):
+        raise ArgumentError(f"{text}: there is no such model file")
+    return (Workload.parse(text),)
+
+
+def _seconds(text: str | None) -> float | None:
+    """ "60s", "10m", "1h" or plain seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None:
+        raise ArgumentError(f"not a time: {text!r}; expected for example 60s or 10m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _address(text: str | None, key: str | None) -> tuple[str, int] | None:
+    if (text is None) != (key is None):
+        raise ArgumentError("--tracker and --key belong together: the tracker's host:port, and its servers' key")
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise ArgumentError(f"not an address: {text!r}; expected host:port, for example 127.0.0.1:9190")
+    return host, int(port)
+
+
+def records(
+    action: Annotated[
+        str,
+        typer.Argument(
+            help="list: the best record of each workload; compare: beside the default; prune: drop what is superseded; merge: add records of other files."
+        ),
+    ] = "list",
+    files: Annotated[list[Path] | None, typer.Argument(help="For merge: files of records.")] = None,
+    target_name: TargetName = None,
+    folder: Folder = None,
+) -> None:
+    """Show or tidy the tuning database.
+
+    Example: `swacompile records list`
+    """
+    database = Database(folders=(records_folder(folder),))
+    targets = (target_named(target_name),) if target_name else TARGETS
+    if action in ("list", "compare"):
+        _show(database, targets, compare=action == "compare")
+    elif action == "prune":
+        _prune(database, targets)
+    elif action == "merge":
+        added = database.merge(record for path in files or () for record in store.read(path).records)
+        out.print(f"{added} new records")
+    else:
+        raise ArgumentError(f"unknown action {action!r}: expected list, compare, prune or merge")
+
+
+def _show(database: Database, targets: Sequence[Target], *, compare: bool) -> None:
+    table = Table(
+        "target",
+        "workload",
+        "device",
+        "threads",
+        "date",
+        "median",
+        "spread",
+        *(["default", "gain"] if compare else []),
+        "config",
+    )
+    for target in targets:
+        for group in _groups(database.records(target.name)):
+            chosen, default = best(group), default_of(group)
+            if chosen is None or chosen.median_us is None:
+                continue
+            origin, extra = chosen.provenance, []
+            if compare:
+                known = default is not None and default.median_us is not None and default.rung == chosen.rung
+                other = default.median_us if known and default is not None and default.median_us else None
+                extra = [f"{other:,.1f} us", f"{other / chosen.median_us:.2f}"] if other else ["", ""]
+            table.add_row(
+                target.name, str(chosen.workload), origin.device, str(origin.threads), chosen.date[:10],
+                f"{chosen.median_us:,.1f} us", f"{chosen.spread or 0:.1%}", *extra, str(chosen.config),
+            )  # fmt: skip
+    out.print(table)
+
+
+def _groups(found: Sequence[TuningRecord]) -> list[list[TuningRecord]]:
+    """Records that can be compared with each other."""
+    groups: dict[object, list[TuningRecord]] = {}
+    for record in found:
+        origin = record.provenance
+        groups.setdefault((str(record.workload), origin.device, origin.threads, origin.revision), []).append(record)
+    return list(groups.values())
+
+
+def _prune(database: Database, targets: Sequence[Target]) -> None:
+    """Keep the best record and the default's, of the newest kernel revision of each device."""
+    for target in targets:
+        path = database.path(target.name)
+        if not path.exists():
+            continue
+        with store.edit(path) as kept:
+            before = len(kept)
+            kept[:] = superseded_dropped(kept)
+            after = len(kept)
+        out.print(f"{path}: {before - after} of {before} records dropped")
+
+
+def superseded_dropped(found: Sequence[TuningRecord]) -> list[TuningRecord]:
+    """The records that a choice needs: of each workload, device and number of threads the best one and the default beside it."""
+    newest: dict[object, list[TuningRecord]] = {}
+    for group in _groups(found):
+        origin = group[0].provenance
+        place = (str(group[0].workload), origin.device, origin.threads)
+        if best(group) is not None and (place not in newest or group[-1].date >= newest[place][-1].date):
+            newest[place] = group
+    wanted = {r.line() for group in newest.values() for r in (best(group), default_of(group)) if r is not None}
+    return [record for record in found if record.line() in wanted]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(tune)
+    app.command()(records)
