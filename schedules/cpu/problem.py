@@ -120,7 +120,9 @@ class Problem:
 
     def chunk(self, position: Expr) -> tuple[Expr, Expr]:
         """First key of the position's chunk and the one after the last, in [0, T]. Only where `chunked`."""
-        start = let(tirx.floordiv(position, tirx.max(self.chunk_size, i64(1))) * self.chunk_size)
+        # Division that rounds down: before the first key positions are negative.
+        shifted = let(tirx.Select(position < 0, position - (self.chunk_size - 1), position))
+        start = let(tirx.truncdiv(shifted, tirx.max(self.chunk_size, i64(1))) * self.chunk_size)
         return clamp(start, i64(0), self.keys), clamp(start + self.chunk_size, i64(0), self.keys)
 
     @property

@@ -27,7 +27,6 @@ from swacompile.schedules.cpu.emit import (
     load,
     maximum,
     minimum,
-    prefetch,
     scratch,
     select,
     shuffle,
@@ -42,7 +41,6 @@ from swacompile.workload import DType
 
 ORIGIN = (i64(0), i64(0), i64(0))
 """With these indices the last one of a 4-D operand counts elements from its start."""
-CACHE_LINE = 64
 Piece = tuple[int, int]
 """First column and lanes."""
 
@@ -118,7 +116,6 @@ class TilePath:
         self._pack_queries()
         self._find_bounds()
         self._start_softmax()
-        self._prefetch_next()
         self._emit_key_tiles()
 
     def _pack_queries(self) -> None:
@@ -141,20 +138,6 @@ class TilePath:
                     problem.elements.load(problem.query, self._batch, self._head, row, i64(column)) for row in rows
                 ]
                 self._store_packed(shuffle(scalars, range(lanes)) * splat(scale, lanes), i64(column), vector)
-
-    def _prefetch_next(self) -> None:
-        """The next tile's queries and the keys and values that its window adds, while this tile computes."""
-        problem = self._problem
-        bytes_per_element = problem.elements.dtype.bytes
-        operands = (
-            (problem.query, self._head, self._query0 + self._tiles.queries, problem.queries, problem.head_size),
-            (problem.key, self._kv_head, self._stop_key, problem.keys, problem.head_size),
-            (problem.value, self._kv_head, self._stop_key, problem.keys, problem.value_size),
-        )
-        for operand, head, first, end, columns in operands:
-            with for_range(first, minimum(first + self._tiles.queries, end)) as row:
-                for column in range(0, columns, CACHE_LINE // bytes_per_element):
-                    prefetch(operand, self._batch, head, row, i64(column))
 
     def _store_packed(self, value: Expr, column: Expr, vector: Expr) -> None:
         lanes = self._tiles.lanes
