@@ -33,7 +33,10 @@ def case_of(seed: int) -> tuple[str, Case]:
 
 def outcome_of(seed: int) -> Outcome:
     kind, case = case_of(seed)
-    return seed, kind, str(judge(case).judgement)
+    try:
+        return seed, kind, str(judge(case).judgement)
+    except Exception as error:
+        return seed, kind, f"error: {type(error).__name__}"
 
 
 def outcomes(seeds: range, minutes: float, processes: int) -> Iterator[Outcome]:
@@ -56,7 +59,7 @@ def main() -> int:
     found: Counter[tuple[str, str]] = Counter()
     for seed, kind, judgement in outcomes(range(given.seed, given.seed + given.count), given.minutes, given.processes):
         found[kind, judgement] += 1
-        if judgement in WRONG or (kind in ("band", "array") and judgement != Judgement.PROVEN):
+        if judgement in WRONG or judgement.startswith("error") or (kind in ("band", "array") and judgement != Judgement.PROVEN):
             print(f"seed {seed}: {kind} {judgement}", flush=True)
     return report(found)
 
@@ -67,7 +70,7 @@ def report(found: Counter[tuple[str, str]]) -> int:
     true = {kind: sum(count for (k, _), count in found.items() if k == kind) for kind in ("band", "array")}
     proven = sum(found[kind, Judgement.PROVEN] for kind in true)
     share = proven / max(1, sum(true.values()))
-    wrong = sum(count for (_, judgement), count in found.items() if judgement in WRONG)
+    wrong = sum(count for (_, judgement), count in found.items() if judgement in WRONG or judgement.startswith("error"))
     false = sum(count for (_, judgement), count in found.items() if judgement == Judgement.FALSE_PROOF)
     print(f"{sum(found.values())} cases: {false} false proofs, {wrong} wrong answers of any sort, {share:.3%} of true bands proven")
     return 0 if wrong == 0 and share >= 0.99 else 1

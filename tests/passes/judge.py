@@ -6,8 +6,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from swacompile.attention import BandProof, Refutation, ResidualKind
+from swacompile.attention import BandProof, Refutation, Residual, ResidualKind
 from swacompile.band import Alignment, BandMask
+from swacompile.index_expr import Op, const_int, walk
 from tests.passes.grammar import Case
 from tests.passes.masks import band_cells, verdict_on
 
@@ -70,8 +71,16 @@ def _agrees(case: Case, proof: BandProof, queries: int, keys: int) -> bool:
         return True
     expected = np.broadcast_to(band_cells(proof.mask, queries, keys), cells.shape)
     for residual in proof.residuals:
-        expected = expected & (_padding(case, keys)["pad"] ^ str(residual.condition).startswith("not"))[:, None, None, :]
+        expected = expected & _operand(case, residual, queries, keys)[:, None, None, :]
     return np.array_equal(cells, expected)
+
+
+def _operand(case: Case, residual: Residual, queries: int, keys: int) -> np.ndarray:
+    """The residual's condition as booleans (batch or 1, keys), read from the evaluated model."""
+    (data,) = (node for node in walk(residual.condition) if node.op is Op.APPLY)
+    value = case.model.values(queries, keys, batch=2, **_padding(case, keys))[data.name]
+    chosen = value[tuple(0 if const_int(arg) == 0 else slice(None) for arg in data.args)]
+    return np.atleast_2d(chosen) ^ (residual.condition.op is Op.NOT)
 
 
 def _cells(case: Case, queries: int, keys: int) -> np.ndarray | None:

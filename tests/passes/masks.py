@@ -97,6 +97,12 @@ class MaskModel:
 
     def cells(self, queries: int, keys: int, *, batch: int = 1, **feeds: np.ndarray) -> np.ndarray:
         """The mask as booleans (batch, heads, queries, keys), computed by onnx's reference evaluator."""
+        found = self.values(queries, keys, batch=batch, **feeds)[self.result]
+        shown = found if self.form == "seen" else found > -1e30
+        return np.broadcast_to(shown, (batch, HEADS, queries, keys))
+
+    def values(self, queries: int, keys: int, *, batch: int = 1, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+        """Every value on the way to the mask, by name."""
         feeds |= {
             "query": np.zeros((batch, HEADS, queries, HEAD_SIZE), np.float32),
             "key": np.zeros((batch, HEADS, keys, HEAD_SIZE), np.float32),
@@ -104,9 +110,7 @@ class MaskModel:
         }
         if self.form == "scores":
             feeds["scores"] = np.ones((batch, HEADS, queries, keys), np.float32)
-        (found,) = self._evaluator.run([self.result], feeds)
-        shown = found if self.form == "seen" else found > -1e30
-        return np.broadcast_to(shown, (batch, HEADS, queries, keys))
+        return dict(self._evaluator.run(None, feeds, intermediate=True))
 
 
 def graph_of(model: onnx.ModelProto) -> Graph:
