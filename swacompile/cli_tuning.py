@@ -21,6 +21,7 @@ from swacompile.tuning.record import Status, TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.tuning.search import Limits
 from swacompile.tuning.tune import Tuned, default_of
+from swacompile.tuning.turns import DEFAULT_LOCK
 from swacompile.workload import Workload
 
 INTERRUPTED = 130
@@ -75,6 +76,9 @@ def tune(
         typer.Option(help="Build candidates into this .tar, to be measured on a machine without a compiler."),
     ] = None,
     import_results: Annotated[Path | None, typer.Option(help="Take in what a bundle's runner measured.")] = None,
+    lock: Annotated[
+        Path, typer.Option(help="Tuners that share this file take turns: builds hold its lock shared, timing alone.")
+    ] = DEFAULT_LOCK,
     chart: Annotated[Path | None, typer.Option(help="Write an HTML page with charts of the search.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the space and an estimate; build and measure nothing.")
@@ -100,13 +104,21 @@ def tune(
         _export(workloads, target, limits, export_bundle)
     else:
         _tune(
-            workloads, target, limits, database, threads=threads, tracker=_address(tracker, key), key=key, chart=chart
+            workloads,
+            target,
+            limits,
+            database,
+            threads=threads,
+            tracker=_address(tracker, key),
+            key=key,
+            lock=lock,
+            chart=chart,
         )
 
 
 def _tune(
     workloads: Sequence[Workload], target: Target, limits: Limits, database: Database, *, threads: int,
-    tracker: tuple[str, int] | None, key: str | None, chart: Path | None,
+    tracker: tuple[str, int] | None, key: str | None, lock: Path, chart: Path | None,
 ) -> None:  # fmt: skip
     from swacompile.tuning.fleet import FleetMeasurer
     from swacompile.tuning.measure import LocalMeasurer, Measurer, Workbench
@@ -114,7 +126,7 @@ def _tune(
 
     results: list[Tuned] = []
     with ExitStack() as stack:
-        bench = stack.enter_context(Workbench(target))
+        bench = stack.enter_context(Workbench(target, lock=lock))
         measurer: Measurer = LocalMeasurer(bench, threads=threads)
         if tracker is not None and key is not None:
             measurer = stack.enter_context(FleetMeasurer(bench, tracker=tracker, key=key, threads=threads))

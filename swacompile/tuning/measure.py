@@ -19,6 +19,7 @@ from swacompile.tuning.config import Config
 from swacompile.tuning.problem import write_expected
 from swacompile.tuning.record import Origin, Provenance, Status
 from swacompile.tuning.rules import rule_for
+from swacompile.tuning.turns import DEFAULT_LOCK, turn
 from swacompile.tuning.worker import Worker, WorkerFailed, python_module
 from swacompile.workload import Workload
 
@@ -73,8 +74,10 @@ class Workbench(AbstractContextManager["Workbench"]):
     def __init__(
         self, target: Target, *, builders: int | None = None, command: tuple[str, ...] = BUILD_COMMAND,
         build_seconds: float = BUILD_SECONDS,
+        lock: Path = DEFAULT_LOCK,
     ) -> None:  # fmt: skip
         self.target = target
+        self.lock = lock
         self.folder = Path(tempfile.mkdtemp(prefix="swacompile-tune-"))
         self._failures: dict[str, Outcome] = {}
         self._seconds = build_seconds
@@ -95,7 +98,7 @@ class Workbench(AbstractContextManager["Workbench"]):
         """Build what is not built yet, several at a time; None for a candidate that can be run."""
         for candidate in candidates:
             self.jobs_folder_ready(candidate.workload)
-        with ThreadPoolExecutor(self._count) as pool:
+        with turn(self.lock, alone=False), ThreadPoolExecutor(self._count) as pool:
             distinct = {self.library(candidate): candidate for candidate in candidates}
             list(pool.map(self._build_one, distinct.values()))
         return {candidate: self._failure(candidate) for candidate in candidates}
@@ -166,7 +169,12 @@ class LocalMeasurer:
 
     def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
         for candidate, failure in self._bench.build(candidates).items():
-            yield failure or self._run(candidate, effort)
+            if failure is not None:
+                yield failure
+                continue
+            with turn(self._bench.lock, alone=True):
+                outcome = self._run(candidate, effort)
+            yield outcome
 
     def _run(self, candidate: Candidate, effort: Effort) -> Outcome:
         result = runner.run_contained(

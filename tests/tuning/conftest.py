@@ -1,0 +1,32 @@
+"""A real kernel built once, and a builder whose candidates misbehave in every way."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from swacompile.target import host_targets
+from swacompile.tuning import measure
+from swacompile.tuning.rules import rule_for
+from swacompile.workload import Workload
+
+WORKLOAD = Workload.parse("f32-d16-v16-g2-w32-n256-decode")
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory) -> Path:
+    """A correct kernel for WORKLOAD."""
+    target = host_targets()[0]
+    rule = rule_for(WORKLOAD, target)
+    library = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    rule.build(WORKLOAD, rule.default(WORKLOAD, target), target, library)
+    return library
+
+
+@pytest.fixture
+def bench(kernel, monkeypatch):
+    """A workbench whose builder is tests.tuning.fake_builder."""
+    monkeypatch.setenv("SWACOMPILE_TEST_KERNEL", str(kernel))
+    command = (sys.executable, "-m", "tests.tuning.fake_builder")
+    with measure.Workbench(host_targets()[0], command=command, build_seconds=8) as made:
+        yield made
