@@ -401,14 +401,25 @@ def _replaced(call: Call, base: object, part: str, length: Expr, axis: int, star
 
 def _index(call: Call) -> Result:
     """x[i, :, j]: index tensors for some axes, which are looked up together."""
-    axes = [axis for axis, index in enumerate(call[1]) if index is not None]
-    indices = [_node(call[1][axis]) for axis in axes]
-    if any(call.dtype(index) in ("bool", "uint8") for index in indices):
+    return _looked_up(call, call[0], {axis: _node(index) for axis, index in enumerate(call[1]) if index is not None})
+
+
+def _flat_apply(call: Call) -> Result:
+    """x[i, j] in a vmapped function, as torch's TransformGetItemToIndex records it: (call, structure, name, x, i, j)."""
+    name, *operands = call.node.args[2:]
+    if not str(name).endswith(".ModIndex"):
+        raise Untranslated(f"a call of {name}")
+    return _looked_up(call, operands[0], {axis: _node(index) for axis, index in enumerate(operands[1:])})
+
+
+def _looked_up(call: Call, data: object, indices: Mapping[int, fx.Node]) -> Result:
+    if any(call.dtype(index) in ("bool", "uint8") for index in indices.values()):
         raise Untranslated("rows chosen by a condition")
-    source = call.graph.read(_node(call[0]))
+    source = call.graph.read(_node(data))
     if source.levels:
         raise Untranslated("a lookup in hidden axes")
-    found = aligned(call, "index", indices, axes=axes)
+    axes = list(indices)
+    found = aligned(call, "index", list(indices.values()), axes=axes)
     if found.levels and axes[0] != 0:
         raise Untranslated("a lookup by hidden axes behind others")
     return op("index", source.name, *found.inputs, levels=found.levels, axes=axes)
@@ -688,6 +699,7 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
     "index": _index,
+    "flat_apply": _flat_apply,
     "embedding": _embedding,
     "index_select": _index_select,
     "gather": _gather,
