@@ -35,7 +35,7 @@ def _dilated(shown: np.ndarray) -> CellPattern | None:
     if step < 2 or not np.array_equal(shown, (distance % step == 0) & (distance >= seen.min()) & (distance <= seen.max())):
         return None
     band = BandMask(left=-int(seen.min()), right=int(seen.max()))
-    return CellPattern(kind=Kind.DILATED, band=band, words=f"every {step}th key of the band {band} (dilation {step})")
+    return CellPattern(kind=Kind.DILATED, band=band, words=f"one key in {step} of the band {band} (dilation {step})")
 
 
 def _chunked(shown: np.ndarray) -> CellPattern | None:
@@ -87,7 +87,10 @@ def _with_global(shown: np.ndarray) -> CellPattern | None:
         near = (distance >= seen.min()) & (distance <= seen.max())
         if np.array_equal(shown, outer & (near | all_keys[None, :] | all_queries[:, None])):
             band = BandMask(left=-int(seen.min()), right=int(seen.max()))
-            return _named(band, _true_at(all_keys), _true_at(all_queries), right)
+            far = outer & ~near
+            keys = all_keys & far.any(0)
+            queries = all_queries & (far & ~keys[None, :]).any(1)
+            return _named(band, _true_at(keys), _true_at(queries), right)
     return None
 
 
@@ -96,8 +99,7 @@ def _true_at(flags: np.ndarray) -> tuple[int, ...]:
 
 
 def _named(band: BandMask, keys: tuple[int, ...], queries: tuple[int, ...], right: int | None) -> CellPattern:
-    """A causal band's own last rows and first columns see all they may; a name needs more than that, which the caller has checked."""
-    if right is None and keys == tuple(range(len(keys))) and len(queries) <= 1 and band.causal:
+    if right is None and keys == tuple(range(len(keys))) and not queries and band.causal:
         words = f"the band {band} and a prefix of {len(keys)} keys that every query sees"
         return CellPattern(kind=Kind.PREFIX, band=band, words=words)
     words = f"the band {band}, keys that every query sees: {_listed(keys)}, queries that see every key: {_listed(queries)}"

@@ -105,7 +105,7 @@ def _dilated(mask: Expr, axes: Axes) -> Iterator[Pattern]:
             band = BandMask(left=left, right=right, alignment=alignment)
             distance = sub(axes.key, add(axes.query, offset_of(alignment, axes)))
             claim = and_(claim_of(band, axes), eq(mod(distance, integer(step)), integer(0)))
-            yield Pattern(kind=Kind.DILATED, claim=claim, band=band, words=f"every {step}th key of the band {band} (dilation {step})")
+            yield Pattern(kind=Kind.DILATED, claim=claim, band=band, words=f"one key in {step} of the band {band} (dilation {step})")
 
 
 def _steps(probe: Probe, step: int, sign: int) -> int | None:

@@ -14,9 +14,9 @@ from math import inf, sqrt
 from swacompile.attention import Attention, Axes, Finding, Layout, MaskedRows, Operand, Refutation
 from swacompile.graph import Graph, Node
 from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, const_real, floordiv, index, integer, le, mul, neg, or_
-from swacompile.index_expr import ite, nonempty, real, real_add, sub, substitute, walk
+from swacompile.index_expr import eq, ite, nonempty, real, real_add, sub, substitute, walk
 from swacompile.passes.arrays import PREFIX
-from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, substitute_sizes
+from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, equality_text, substitute_sizes
 from swacompile.passes.logits import Case, Logit, UnreadableLogits, cases
 from swacompile.passes.packed_positions import with_indices_for_positions
 from swacompile.passes.read_masks import Reading
@@ -510,14 +510,16 @@ def _attention(  # noqa: PLR0913
     def refined(formula: Expr) -> Expr:
         return substitute_sizes(resolve(formula), known)
 
-    axes = Axes(batch=refined(axes.batch), head=axes.head, query=refined(axes.query), key=refined(axes.key))
+    assumed = reading.assumptions(known)
+    given = and_(*(eq(gone, stays) for gone, stays in assumed))
+    axes = Axes(batch=refined(axes.batch), head=axes.head, query=refined(axes.query), key=refined(axes.key), given=given)
     visible = with_indices_for_positions(refined(visible), axes, reading, known)
     return Attention(
         node=node.name, form=form, mask_form=mask_form, query=found.query.operand, key=found.key.operand, value=found.value.operand, output=output,
         merged_output=merged, axes=axes, visible=visible, zeroed=refined(zeroed), heads=heads, kv_heads=found.key.heads,
         head_size=const_int(resolve(found.query.tensor.shape[3])), value_head_size=const_int(resolve(found.value.tensor.shape[3])),
         dtype=dtypes.pop(), scale=scale * found.query.scale * found.key.scale, softcap=softcap, sinks=sinks, masked_rows=masked_rows,
-        assumptions=reading.assumptions(known), bias=None if bias is None else refined(bias),
+        assumptions=tuple(sorted(equality_text(gone, stays) for gone, stays in assumed)), bias=None if bias is None else refined(bias),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from swacompile.graph import FLOATS
 from swacompile.index_expr import ONE, ZERO, Expr, Index, Op, Sort, add, apply, at_least, const_int, index, integer, ite, le, maximum, minimum
-from swacompile.index_expr import neg, real, rounded, sub, substitute_atom, to_real, transform, walk, wrap
+from swacompile.index_expr import neg, not_, real, rounded, show, sub, substitute_atom, to_real, transform, walk, wrap
 
 MAX_DEPTH = 200  # A mask needs a few dozen operations; past this the element is run-time data.
 
@@ -140,6 +140,8 @@ class Sizes:
             return b
         if (const_int(a) is not None) and (const_int(b) is not None):
             raise Unreadable(f"axes of extent {a} and {b} do not broadcast")
+        if any(node.op is Op.APPLY for extent in (a, b) for node in walk(extent)):
+            return b if any(node.op is Op.APPLY for node in walk(a)) else a  # a size that only data tells says nothing of others
         gone, stays = self._order(a, b)
         self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
         return self.resolve(a)
@@ -164,11 +166,19 @@ class Sizes:
             result = tuple(self.unify(a, b) for a, b in zip(result, shape, strict=True))
         return result
 
-    def equalities(self, of: set[Expr], known: dict[Expr, Expr]) -> tuple[str, ...]:
-        """The equalities that speak of these sizes, as text; without those that follow from what is `known` of sizes."""
+    def equalities(self, of: set[Expr], known: dict[Expr, Expr]) -> tuple[tuple[Expr, Expr], ...]:
+        """The equalities that speak of these sizes; without those that follow from what is `known` of sizes."""
         told = ((gone, stays) for gone, stays in self._equal.items() if of & set(walk(gone)))
         refined = ((substitute_sizes(gone, known), substitute_sizes(stays, known)) for gone, stays in told)
-        return tuple(sorted(f"{gone} == {stays}" for gone, stays in refined if gone != stays))
+        return tuple((gone, stays) for gone, stays in refined if gone != stays)
+
+
+def equality_text(gone: Expr, stays: Expr) -> str:
+    """An equality of sizes for people: that a length cut off at a limit is itself says that it is within the limit."""
+    if gone.op is Op.ITE and stays in gone.args[1:]:
+        condition = gone.args[0] if gone.args[1] == stays else not_(gone.args[0])
+        return show(condition)
+    return f"{gone} == {stays}"
 
 
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:

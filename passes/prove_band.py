@@ -23,7 +23,7 @@ from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
 from swacompile.passes.moved_band import at_every_position, moved_band
 from swacompile.passes.probe_band import candidate_bands, claim_of
 from swacompile.passes.residuals import factor_out, run_time_data
-from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_valid, uses_machine_numbers
+from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_possible, is_valid, uses_machine_numbers
 from swacompile.passes.verdict import Verdict
 
 # Sizes up to which a proof may be limited: no attention of more keys than that has been run densely.
@@ -43,7 +43,7 @@ class Prover:
     def prove(self, site: Attention) -> BandProof | Refutation:
         """A proof that holds for every size named in its `valid_for`, or the reason why there is none."""
         axes = site.axes
-        key = (site.visible, site.zeroed, site.bias, axes.batch, axes.head, axes.query, axes.key)
+        key = (site.visible, site.zeroed, site.bias, axes.batch, axes.head, axes.query, axes.key, axes.given)
         if key not in self._known:
             self._known[key] = self._verdict(site)
         verdict = self._known[key]
@@ -57,6 +57,8 @@ class Prover:
         )  # fmt: skip
 
     def _verdict(self, site: Attention) -> Verdict:
+        if not is_possible(site.axes.given):
+            return Verdict(code="sizes", reason=f"the sizes of the model's axes contradict one another: {site.axes.given}")
         added = () if site.bias is None else (_added(site.bias, site.visible, site.axes),)
         if site.zeroed != FALSE:
             return self._zeroed(site, added)

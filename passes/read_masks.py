@@ -29,7 +29,7 @@ class Reading:
         dtype = _dtype(node, self)
         return Operands(node=node, graph=self.graph, tensors=self.tensors, sizes=self.sizes, dtype=dtype)
 
-    def assumptions(self, known: dict[Expr, Expr]) -> tuple[str, ...]:
+    def assumptions(self, known: dict[Expr, Expr]) -> tuple[tuple[Expr, Expr], ...]:
         """Equalities between sizes of the model's inputs that it needs to run; broadcasting one of them from 1 is the other way out.
 
         `known` has more precise sizes in place of some.

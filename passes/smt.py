@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import z3
 
 from swacompile.attention import Axes, Witness
-from swacompile.index_expr import MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, walk, wrapped_range
+from swacompile.index_expr import MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, not_, walk, wrapped_range
 
 TIMEOUT_MS = 10_000
 
@@ -93,7 +93,7 @@ class Translation:
 def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: int | None = None) -> Witness | None:
     """None if the conditions agree in every cell for all sizes, else a cell where they differ.
 
-    `given` is a condition on the sizes, `largest` a bound of all of them. Raises Undecided, Untranslatable.
+    `given` is a condition on the sizes beside that of the axes, `largest` a bound of all of them. Raises Undecided, Untranslatable.
     """
     if largest is None and uses_machine_numbers(a):
         largest = MAX_SIZE
@@ -103,7 +103,7 @@ def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: i
         translate(symbol)
     solver = z3.SolverFor("ALL")
     solver.set("timeout", TIMEOUT_MS)
-    solver.add(translate(given), *translate.bounds, shown != claimed)
+    solver.add(translate(given), translate(axes.given), *translate.bounds, shown != claimed)
     verdict = solver.check()
     if verdict == z3.unsat:
         return None
@@ -135,6 +135,11 @@ def is_valid(condition: Expr) -> bool:
     solver.set("timeout", TIMEOUT_MS)
     solver.add(*translate.bounds, z3.Not(claim))
     return bool(solver.check() == z3.unsat)
+
+
+def is_possible(condition: Expr) -> bool:
+    """Whether a condition on sizes holds for some of them. True also where the solver cannot tell."""
+    return condition.is_const and bool(condition.value) or not is_valid(not_(condition))
 
 
 def uses_data(expr: Expr) -> bool:

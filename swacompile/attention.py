@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from swacompile.band import Alignment, BandMask
-from swacompile.index_expr import Expr
+from swacompile.index_expr import TRUE, Expr
 
 
 class Layout(StrEnum):
@@ -37,12 +37,16 @@ class MaskedRows(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """The symbols that a mask formula is written in: indices of batch, head, query and key."""
+    """The symbols that a mask formula is written in: indices of batch, head, query and key.
+
+    `given` is a condition on sizes without which the model does not run: two axes that meet in one operation are equal.
+    """
 
     batch: Expr
     head: Expr
     query: Expr
     key: Expr
+    given: Expr = TRUE
 
     @property
     def queries(self) -> Expr:

@@ -725,6 +725,14 @@ def is_finite_const(expr: Expr) -> bool:
     return (value := const_real(expr)) is not None and isfinite(value)
 
 
+def _show_sum(poly: _Poly) -> str:
+    terms = [
+        f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{'*'.join(map(show, monomial))}" for monomial, c in poly.items() if monomial
+    ]
+    constant = [str(poly.get((), 0))] if poly.get((), 0) or not terms else []
+    return " + ".join([*terms, *constant]).replace("+ -", "- ")
+
+
 def show(expr: Expr) -> str:
     """Short text for messages."""
     args = [show(arg) for arg in expr.args] if expr.op is not Op.SYMBOL else []
@@ -736,13 +744,12 @@ def show(expr: Expr) -> str:
         case Op.APPLY:
             return f"{expr.name}[{', '.join(args)}]"
         case Op.SUM:
-            constant, coefficients = expr.value  # type: ignore[misc]
-            terms = [f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{arg}" for c, arg in zip(coefficients, args, strict=True)]
-            return " + ".join([*terms, *([str(constant)] if constant else [])]).replace("+ -", "- ")
-        case Op.LE0:
-            return f"{args[0]} <= 0"
-        case Op.EQ0:
-            return f"{args[0]} == 0"
+            return _show_sum(_poly(expr))
+        case Op.LE0 | Op.EQ0:
+            poly = _poly(expr.args[0])
+            left = {monomial: c for monomial, c in poly.items() if monomial and c > 0}
+            right = {monomial: -c for monomial, c in poly.items() if not monomial or c < 0}
+            return f"{_show_sum(left)} {'<=' if expr.op is Op.LE0 else '=='} {_show_sum(right)}"
         case Op.ITE:
             return f"({args[1]} if {args[0]} else {args[2]})"
         case Op.AND | Op.OR:
