@@ -82,7 +82,7 @@ class TileScratch:
             scores=scratch(tiles.keys * queries),
             partial=partial,
             converted=converted,
-            key_offset=scratch(tiles.keys, "int64"),
+            key_offset=scratch(tiles.keys + tiles.lanes, "int64"),
             first=scratch(queries, "int32"),
             stop=scratch(queries, "int32"),
             position=scratch(queries, "int32"),
@@ -210,7 +210,8 @@ class TilePath:
         key, lanes = self._problem.key, self._tiles.lanes
         batch_stride, head_stride, stride = key.strides[:3]
         base = let(self._batch * batch_stride + self._kv_head * head_stride)
-        with for_range(0, ceil_div(self._key_count, i64(lanes))) as vector:
+        rows = ceil_div(self._key_count, i64(self._tiles.score_keys)) * self._tiles.score_keys
+        with for_range(0, ceil_div(rows, i64(lanes))) as vector:
             index = _lanes_from(self._key0 + vector * lanes, lanes)
             row = let(tirx.min(index, splat(self._problem.keys - 1, lanes)))
             place = splat(base, lanes) + row * splat(stride, lanes)

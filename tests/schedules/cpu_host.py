@@ -68,7 +68,15 @@ def build_host(variant: KernelVariant, target: Target, folder: Path) -> HostedKe
             pytest.skip(f"{target.name}: {program} is not installed")
     (symbol,) = build_cpu_object([variant], target, folder / "kernel.o")
     program_path = folder / "kernel_host"
-    command = [compiler, "-O1", "-static", f"-DKERNEL={symbol}", f"-I{tvm_ffi_headers()}", str(SOURCE), str(folder / "kernel.o")]
+    command = [
+        compiler,
+        "-O1",
+        "-static",
+        f"-DKERNEL={symbol}",
+        f"-I{tvm_ffi_headers()}",
+        str(SOURCE),
+        str(folder / "kernel.o"),
+    ]
     subprocess.run([*command, "-lm", "-o", str(program_path)], check=True)
     return HostedKernel(program=program_path, emulator=emulator)
 
@@ -106,7 +114,9 @@ def _serialise(call: Call, output: Array, claimed_queries: int | None) -> bytes:
     return b"".join(parts)
 
 
-def _tensor(array: Array | None, rank: int, dtype: "np.dtype[Any]", *, writable: bool, claimed_queries: int | None) -> bytes:
+def _tensor(
+    array: Array | None, rank: int, dtype: "np.dtype[Any]", *, writable: bool, claimed_queries: int | None
+) -> bytes:
     if array is None:
         array = np.zeros((0,) * rank, dtype=dtype)
     array = np.asarray(array, dtype=dtype)

@@ -49,7 +49,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HostedKerne
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("place", ["start", "end"])
-def test_nothing_beside_the_operands_is_read_or_written(hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int], place: str) -> None:
+def test_nothing_beside_the_operands_is_read_or_written(
+    hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int], place: str
+) -> None:
     """Every operand touches an unreadable page on one side, so that one element too far ends the process."""
     dtype, head_size, value_size = variant
     for case in CASES:
@@ -68,7 +70,9 @@ def test_the_guard_notices_one_element(hosts: Callable[..., HostedKernel]) -> No
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_any_number_of_tasks_gives_the_same_bits(hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int]) -> None:
+def test_any_number_of_tasks_gives_the_same_bits(
+    hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int]
+) -> None:
     for case in CASES:
         call = case.call(*variant)
         first, *others = (hosts(*variant).run(call, tasks=tasks, bshd=case.bshd).output for tasks in (1, 2, -3, 7, 64))
