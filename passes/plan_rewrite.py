@@ -34,12 +34,17 @@ class Replacement:
     segments: RunTimeOperand | None
 
 
-def plan_rewrite(reading: Reading, findings: tuple[Finding, ...], *, full: bool) -> tuple[Replacement | Refutation, ...]:
-    """What to do with each finding, in order. Full attention is replaced only where `full`: a band saves nothing there."""
-    return tuple(_plan(reading, finding, full) for finding in findings)
+def plan_rewrite(
+    reading: Reading, findings: tuple[Finding, ...], *, full: bool, dtypes: tuple[str, ...] = ("float32", "float16")
+) -> tuple[Replacement | Refutation, ...]:
+    """What to do with each finding, in order. Full attention is replaced only where `full`: a band saves nothing there.
+
+    `dtypes` are the data types that the operator has in the model's runtime.
+    """
+    return tuple(_plan(reading, finding, full, dtypes) for finding in findings)
 
 
-def _plan(reading: Reading, finding: Finding, full: bool) -> Replacement | Refutation:
+def _plan(reading: Reading, finding: Finding, full: bool, dtypes: tuple[str, ...]) -> Replacement | Refutation:
     site, proof = finding.attention, finding.verdict
     if isinstance(proof, Refutation):
         return proof
@@ -49,8 +54,8 @@ def _plan(reading: Reading, finding: Finding, full: bool) -> Replacement | Refut
     mask = proof.mask
     if any(bound is not None and bound < 0 for bound in (mask.left, mask.right)):
         return _refused(site, proof, "negative-bound", f"the band {mask} excludes the query's own position, which the operator cannot say")
-    if site.dtype not in ("float32", "float16"):
-        return _refused(site, proof, "dtype", f"expected float32 or float16 operands, found {site.dtype}")
+    if site.dtype not in dtypes:
+        return _refused(site, proof, "dtype", f"expected {' or '.join(dtypes)} operands, found {site.dtype}")
     if reading.tensors[site.output].dtype != site.dtype:
         return _refused(site, proof, "dtype", f"the output is {reading.tensors[site.output].dtype}, its operands are {site.dtype}")
     if site.head_size is None or site.value_head_size is None:

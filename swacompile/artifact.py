@@ -19,6 +19,8 @@ from swacompile.errors import ArtifactError, OutputError
 if TYPE_CHECKING:
     import onnxruntime
 
+    from swacompile.torch_artifact import CompiledProgram
+
 FORMAT_VERSION = 1
 MANIFEST, MODEL, LIBRARY = "manifest.json", "model.onnx", "libswacompile_ort.so"
 PACKAGES = ("swacompile", "apache-tvm", "onnx", "onnx-ir", "onnxruntime", "z3-solver")
@@ -118,15 +120,11 @@ class CompiledModel:
         return dict(zip(names, (np.asarray(value) for value in self.session.run(names, dict(inputs))), strict=True))
 
 
-def load(folder: str | Path, session_options: "onnxruntime.SessionOptions | None" = None) -> CompiledModel:
-    """Open a folder written by `swacompile compile`. TVM is not needed.
+def load(folder: str | Path, session_options: "onnxruntime.SessionOptions | None" = None) -> "CompiledModel | CompiledProgram":
+    """Open a folder written by `swacompile compile`: of an ONNX model a CompiledModel, of a torch program a CompiledProgram.
 
-    Raises ArtifactError where a file is missing or not the one that was compiled.
+    TVM is not needed. Raises ArtifactError where a file is missing or not the one that was compiled.
     """
-    import onnxruntime
-
-    from swacompile.runtime.ort_library import register
-
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, expected in manifest["sha256"].items():
@@ -134,6 +132,18 @@ def load(folder: str | Path, session_options: "onnxruntime.SessionOptions | None
             raise ArtifactError(f"{folder}: {name} is missing. Compile the model again.")
         if file_hash(folder / name) != expected:
             raise ArtifactError(f"{folder}: {name} is not the file that was compiled. Compile the model again.")
+    if MODEL not in manifest["sha256"]:
+        from swacompile.torch_artifact import open_program
+
+        return open_program(folder, manifest)
+    return _open_session(folder, manifest, session_options)
+
+
+def _open_session(folder: Path, manifest: Mapping[str, Any], session_options: "onnxruntime.SessionOptions | None") -> CompiledModel:
+    import onnxruntime
+
+    from swacompile.runtime.ort_library import register
+
     options = session_options or onnxruntime.SessionOptions()
     if (folder / LIBRARY).is_file():
         register(options, folder / LIBRARY)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from swacompile.artifact import Manifest
 from swacompile.attention import Attention, Finding, Refutation
-from swacompile.errors import ModelError
+from swacompile.errors import ArgumentError, ModelError
 from swacompile.frontends.onnx import OnnxModel
 from swacompile.kernels.build import KernelVariant
 from swacompile.passes.detect_attention import detect_attention
@@ -25,6 +25,9 @@ from swacompile.tuning.shapes import workloads_of
 from swacompile.workload import DType
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
     from swacompile.frontends.fx import FxModel
 
 log = logging.getLogger(__name__)
@@ -48,11 +51,15 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
-    """What a rewrite did with every attention; `out` is None where nothing was replaced and nothing written."""
+    """What a rewrite did with every attention; `out` is None where nothing was replaced and nothing written.
 
-    model: Path
+    `model` is None where it was given as an object; `program` is the rewritten torch program.
+    """
+
+    model: Path | None
     out: Path | None
     outcomes: tuple[Replacement | Refutation, ...]
+    program: "ExportedProgram | GraphModule | None" = None
 
     @property
     def replaced(self) -> tuple[Replacement, ...]:
@@ -81,13 +88,25 @@ def inspect(model: Path) -> Inspection:
     return Inspection(model=model, findings=find(reading))
 
 
-def rewrite(model: Path, out: Path, *, emit: Emit = Emit.BANDED, full: bool = False, force: bool = False) -> Rewrite:
+def rewrite(
+    model: "Path | ExportedProgram | GraphModule", out: Path | None = None, *, emit: Emit = Emit.BANDED, full: bool = False, force: bool = False
+) -> Rewrite:
     """Write the model with every proven sliding-window attention replaced; with `full`, unwindowed attention too.
 
-    The source is never changed; an existing output is replaced only with `force`. Raises ModelError, OutputError.
+    A torch program may be given as an object: the new one is the result's `program`, and `out` may be left out.
+    The source is never changed; an existing output is replaced only with `force`. Raises ModelError, OutputError, ArgumentError.
     """
+    if not isinstance(model, Path) or model.suffix == ".pt2":
+        if emit is not Emit.BANDED:
+            raise ArgumentError(f"expected --emit banded for a torch program, found {emit}: the other forms are ONNX operators.")
+        require_torch(model)
+        from swacompile import torch_pipeline
+
+        return torch_pipeline.rewrite(model, out, full=full, force=force)
     from swacompile.frontends.onnx_splice import refuse_existing, save
 
+    if out is None:
+        raise ArgumentError("expected a path to write the ONNX model to, found none: give `out`.")
     refuse_existing(out, force=force)
     source = read_onnx(model)
     reading = read_masks(source.graph)
@@ -110,6 +129,11 @@ def compile(  # noqa: A001  the public name of the step
     those shipped with swacompile by default; `progress` hears of each step.
     Raises ModelError, OutputError, TargetError, ToolchainError.
     """
+    if model.suffix == ".pt2":
+        require_torch(model)
+        from swacompile import torch_pipeline
+
+        return torch_pipeline.compile(model, out, targets=targets, database=database, full=full, force=force, progress=progress)
     from swacompile import artifact
     from swacompile.frontends.onnx_splice import save
 
@@ -206,11 +230,21 @@ def read_onnx(model: Path) -> OnnxModel:
     """Read a model that is to be rewritten. Raises ModelError."""
     from swacompile.frontends import onnx
 
-    if model.suffix == ".pt2":
-        raise ModelError(f"{model}: expected a .onnx file, found a .pt2 file, which can be inspected but not rewritten as a file.")
     if model.suffix != ".onnx":
-        raise ModelError(f"{model}: expected a .onnx file, found suffix {model.suffix!r}.")
+        raise ModelError(f"{model}: expected a .onnx or a .pt2 file, found suffix {model.suffix!r}.")
     return onnx.read(model)
+
+
+def require_torch(model: object) -> None:
+    """Raises ModelError where torch is missing, or the model is no torch program, FX graph or path of a .pt2 file."""
+    try:
+        from swacompile import torch_pipeline
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModelError(f"{model}: a torch program needs torch, which is not installed. Install swacompile[torch].") from error
+    if not torch_pipeline.is_torch(model):
+        raise ModelError(f"expected a path, an ExportedProgram or a GraphModule, found {type(model).__name__}.")
 
 
 def find(reading: Reading) -> tuple[Finding, ...]:

@@ -25,10 +25,10 @@ BACKWARD = f"{OPERATOR}_backward"
 _library = OperatorLibrary(operator_library())
 
 
-def banded_attention_overload() -> "torch._ops.OpOverload":
+def overload() -> torch._ops.OpOverload:
     """The operator as FX nodes name it."""
-    overload: torch._ops.OpOverload = torch.ops.swacompile.banded_attention.default
-    return overload
+    found: torch._ops.OpOverload = torch.ops.swacompile.banded_attention.default
+    return found
 
 
 def add_kernels(path: str | Path) -> None:

@@ -9,6 +9,7 @@ from swacompile.kernels.build import KernelVariant, build_cpu_object
 from swacompile.runtime.cpp import link
 from swacompile.runtime.ort_library import tvm_ffi_headers
 from swacompile.target import TARGETS, Target
+from swacompile.tuning.kernel_choice import KernelChoice
 from swacompile.workload import DType
 
 log = logging.getLogger(__name__)
@@ -18,12 +19,18 @@ _HOST = Path(__file__).with_name("host")
 _TYPES = {DType.F32: "{kDLFloat, 32, 1}", DType.F16: "{kDLFloat, 16, 1}", DType.BF16: "{kDLBfloat, 16, 1}"}
 
 
-def build_kernel_library(variants: Sequence[KernelVariant], targets: Sequence[Target], output: Path) -> Path:
-    """Build every variant for every target and link them into `output`. Raises TargetError, ToolchainError."""
+def build_kernel_library(
+    variants: Sequence[KernelVariant], targets: Sequence[Target], output: Path, kernels: Sequence[KernelChoice] = ()
+) -> Path:
+    """Build every variant for every target and link them into `output`. Raises TargetError, ToolchainError.
+
+    Sizes are those of `kernels`, and analytical defaults for a variant that is not among them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder, f"{target.name}.o") for target in targets]
         for target, path in zip(targets, objects, strict=True):
-            build_cpu_object(variants, target, path)
+            tiles = {kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target}
+            build_cpu_object(variants, target, path, tiles=tiles)
         return link_kernel_library(objects, variants, targets, output)
 
 

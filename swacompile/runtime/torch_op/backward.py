@@ -1,7 +1,7 @@
 """The gradient of BandedAttention: a block of queries at a time, dense within the block's keys.
 
-O(n * window) work and memory. Weights are computed again from the operands, half precision in float32. A zeroed band has
-a weight for every key, so its blocks reach over all keys: O(n^2) work, still one block's memory.
+O(n * window) work and memory. Weights are computed again from the operands, half precision in float32. A zeroed band
+has a weight for every key, so its blocks reach over all keys: O(n^2) work, still one block's memory.
 """
 
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Gradients:
-    """Sums so far, float32: query (B,K,G,S,D), key (B,K,T,D), value (B,K,T,V), sinks and slopes (K,G), bias as given."""
+    """Sums so far, float32: query (B,K,G,S,D), key (B,K,T,D), value (B,K,T,V), sinks and slopes (K,G), bias."""
 
     query: Tensor
     key: Tensor

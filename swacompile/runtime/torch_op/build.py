@@ -1,4 +1,4 @@
-"""Build the operator for the torch that is installed, and kernels for head sizes that nobody built yet, into the cache."""
+"""Build, into the cache, the operator for the torch that is installed, and kernels that nobody built yet."""
 
 import logging
 import time
@@ -92,6 +92,6 @@ def _tvm_version() -> str:
         return metadata.version("apache-tvm")
     except metadata.PackageNotFoundError as error:
         raise ImportError(
-            "TVM is not installed, so no kernel can be built: install apache-tvm, or compile the model on a machine that "
-            "has it and open the folder here with swacompile.load"
+            "TVM is not installed, so no kernel can be built: install apache-tvm, or compile the model on a machine "
+            "that has it and open the folder here with swacompile.load"
         ) from error

@@ -1,0 +1,260 @@
+"""Put banded_attention calls into a torch program or FX graph. The source is not changed; weights are shared with the result.
+
+1. Each replaced attention's result is read from the operator instead; its memory has the order of axes that it had before.
+2. What nothing reads any more is removed, with the assertions about its metadata: masks, scores, the expansion of key heads.
+   Assertions about sizes and inputs, random numbers and writes stay.
+3. Signature, buffers, ranges of sizes and guards are the source's.
+"""
+
+import copy
+import logging
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+import swacompile.torch as swacompile_torch
+from swacompile.attention import Kind, Layout, Operand, Refutation
+from swacompile.band import Alignment
+from swacompile.frontends.fx import FxModel
+from swacompile.frontends.fx_alias import base_name, view_of, written_operands
+from swacompile.passes.plan_rewrite import Replacement, RunTimeOperand
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+KEPT_META = ("stack_trace", "nn_module_stack", "custom", "torch_fn", "from_node", "seq_nr")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spliced:
+    """The rewritten program, of the source's type, and what became of each attention."""
+
+    program: ExportedProgram | fx.GraphModule
+    outcomes: tuple[Replacement | Refutation, ...]
+
+
+class _Refused(Exception):
+    """An attention cannot be replaced in this graph: (code, reason)."""
+
+
+def splice(source: FxModel, outcomes: tuple[Replacement | Refutation, ...]) -> Spliced:
+    """Put the operator in the place of every Replacement that the graph allows, and refuse the others."""
+    graph = copy.deepcopy(source.module.graph)
+    splicer = _Splicer(graph)
+    done = tuple(splicer.replaced(outcome) if isinstance(outcome, Replacement) else outcome for outcome in outcomes)
+    if splicer.renamed:
+        _remove_dead(graph)
+    graph.lint()
+    module = fx.GraphModule(source.module, graph)
+    module.meta.update(source.module.meta)
+    if source.program is None:
+        return Spliced(program=module, outcomes=done)
+    return Spliced(program=_program(source.program, module, splicer.renamed), outcomes=done)
+
+
+def _program(source: ExportedProgram, module: fx.GraphModule, renamed: dict[str, str]) -> ExportedProgram:
+    signature = copy.deepcopy(source.graph_signature)
+    for old, new in renamed.items():
+        signature.replace_all_uses(old, new)
+    program: ExportedProgram = source._update(module, signature)
+    guards = getattr(source, "_guards_code", None)
+    if guards is not None:
+        program._guards_code = guards
+    return program
+
+
+class _Splicer:
+    """Edits one graph. `renamed` says which node took whose place."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.renamed: dict[str, str] = {}
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._place = {node: place for place, node in enumerate(graph.nodes)}
+
+    def replaced(self, outcome: Replacement) -> Replacement | Refutation:
+        site, proof = outcome.site, outcome.proof
+        try:
+            old = self._node(site.output, "output")
+            with self.graph.inserting_before(old):
+                self._replace(old, outcome)
+        except _Refused as refused:
+            code, reason = refused.args
+            return Refutation(code=code, reason=reason, node=site.node, kind=proof.kind, band=proof.mask)
+        return outcome
+
+    def _replace(self, old: fx.Node, outcome: Replacement) -> None:
+        site = outcome.site
+        query, key, value = (self._operand(old, operand) for operand in (site.query, site.key, site.value))
+        per_key = [self._per_key(old, key, operand) for operand in (outcome.key_padding, outcome.segments)]
+        sinks = self._sinks(old, query, site.sinks, site.heads)
+        options: dict[str, object] = {
+            "scale": float(site.scale),
+            "softcap": float(site.softcap or 0.0),
+            "left_window_size": outcome.left_window_size,
+            "right_window_size": outcome.right_window_size,
+            "bottom_right": outcome.proof.mask.alignment is Alignment.BOTTOM_RIGHT,
+            "zeroed": outcome.proof.kind is Kind.ZEROED,
+            "bshd_output": _heads_inside(old),
+        }
+        new = self._call(old, swacompile_torch.overload(), (query, key, value, *per_key, sinks), options)
+        if site.merged_output:
+            new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), _val(value).shape[3]]))
+        old.replace_all_uses_with(new)
+        self.renamed[old.name] = new.name
+
+    # operands
+
+    def _node(self, value: str, role: str) -> fx.Node:
+        node: fx.Node | None = self._nodes.get(value)
+        if node is None or not isinstance(node.meta.get("val"), Tensor):
+            raise _Refused("no-node", f"the {role} {value} is no node of the graph itself: it lies in a submodule")
+        return node
+
+    def _operand(self, old: fx.Node, operand: Operand) -> fx.Node:
+        """(batch, heads, length, size)."""
+        node = self._readable(old, operand.value)
+        return node if operand.layout is Layout.BHSD else self._call(old, aten.transpose.int, (node, 1, 2))
+
+    def _readable(self, old: fx.Node, value: str) -> fx.Node:
+        """The value's node, where what it holds at its place is what it still holds at the attention."""
+        node = self._node(value, "operand")
+        if self._place[node] > self._place[old]:
+            raise _Refused("order", f"the operand {value} is computed after the attention")
+        memory = _memory(node)
+        for writer in self._between(node, old):
+            if any(_memory(written) is memory for written in written_operands(writer)):
+                raise _Refused("overwritten", f"{writer.name} writes to the operand {value} before the attention")
+        return node
+
+    def _between(self, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+        node = first.next
+        while node is not last:
+            yield node
+            node = node.next
+
+    def _per_key(self, old: fx.Node, key: fx.Node, operand: RunTimeOperand | None) -> fx.Node | None:
+        """(batch, keys)."""
+        if operand is None:
+            return None
+        node = self._readable(old, operand.value)
+        for axis, key_axis in ((0, 0), (1, 2)):
+            if not statically_known_true(_val(node).shape[axis] == _val(key).shape[key_axis]):
+                # The source reads only the elements of batches and keys that there are.
+                node = self._call(old, aten.slice.Tensor, (node, axis, 0, self._size(old, key, key_axis)))
+        if operand.nonzero:
+            return self._call(old, aten.ne.Scalar, (node, 0))
+        is_condition = _val(node).dtype == torch.bool
+        return node if is_condition else self._converted(old, node, torch.int64)
+
+    def _sinks(self, old: fx.Node, query: fx.Node, sinks: str | float | None, heads: int) -> fx.Node | None:
+        """(heads,), of the query's data type."""
+        dtype, device = _val(query).dtype, _val(query).device
+        if sinks is None:
+            return None
+        if isinstance(sinks, float):
+            return self._call(old, aten.full.default, ([heads], sinks), {"dtype": dtype, "device": device})
+        node = self._readable(old, sinks)
+        for axis in reversed(range(_val(node).dim())):
+            if _val(node).dim() > 1 and _val(node).shape[axis] != heads:
+                node = self._call(old, aten.select.int, (node, axis, 0))
+        if tuple(_val(node).shape) != (heads,):
+            raise _Refused("sink-form", f"expected {heads} sinks in {sinks}, found shape {tuple(_val(node).shape)}")
+        return self._converted(old, node, dtype)
+
+    def _converted(self, old: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if _val(node).dtype == dtype:
+            return node
+        return self._call(old, aten._to_copy.default, (node,), {"dtype": dtype})
+
+    def _size(self, old: fx.Node, node: fx.Node, axis: int) -> fx.Node | int:
+        extent = _val(node).shape[axis]
+        return extent if isinstance(extent, int) else self._call(old, aten.sym_size.int, (node, axis))
+
+    def _call(
+        self,
+        old: fx.Node,
+        target: torch._ops.OpOverload,
+        args: tuple[object, ...],
+        kwargs: dict[str, object] | None = None,
+    ) -> fx.Node:
+        """One more node, whose metadata say what it computes and which source it stands for."""
+        node = self.graph.call_function(target, args, kwargs or {})  # type: ignore[arg-type]  # fx's Argument is recursive
+        node.meta.update({name: old.meta[name] for name in KEPT_META if name in old.meta})
+        given: Any = (args, kwargs or {})
+        values = fx.node.map_arg(given, _val)
+        with _val(old).fake_mode:  # type: ignore[attr-defined]  # a FakeTensor
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+
+def _val(node: fx.Node) -> Tensor:
+    found: Tensor = node.meta["val"]
+    return found
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose memory this one shows."""
+    while view := view_of(node):
+        node = view.source
+    return node
+
+
+def _heads_inside(old: fx.Node) -> bool:
+    """Whether the result's memory has the order (batch, length, heads, size)."""
+    val = _val(old)
+    return val.dim() == 4 and not statically_known_true(val.stride(2) == val.shape[3])
+
+
+def _remove_dead(graph: fx.Graph) -> None:
+    live = _live(graph)
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the results or an effect need. An assertion about a value's metadata needs the value to be live."""
+    live: set[fx.Node] = set()
+    frontier = [node for node in graph.nodes if _has_effect(node)]
+    while frontier:
+        node = frontier.pop()
+        if node not in live:
+            live.add(node)
+            frontier += node.all_input_nodes
+            frontier += [user for user in node.users if base_name(user.target) == "_assert_tensor_metadata"]
+    return live
+
+
+def _has_effect(node: fx.Node) -> bool:
+    target = node.target
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    if not isinstance(target, torch._ops.OpOverload):
+        return not (target is operator.getitem or _is_arithmetic(target))
+    if base_name(target) == "_assert_tensor_metadata":
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return not _draws_nothing(node)
+    return target._schema.is_mutable or not target._schema.returns
+
+
+def _is_arithmetic(target: object) -> bool:
+    """Python's own functions, as graphs apply them to sizes: operator.mul, math.ceil, torch.sym_max."""
+    return getattr(target, "__module__", None) in ("_operator", "math") or base_name(target).startswith("sym_")
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether the operator could drop elements but does not, and so draws no random numbers."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    if "dropout" not in base_name(target) and "scaled_dot_product" not in base_name(target):
+        return False
+    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return given.get("dropout_p", given.get("p")) in (0, None) or given.get("train") is False
