@@ -7,7 +7,7 @@ import numpy as np
 
 from swacompile.graph import FLOATS
 from swacompile.index_expr import ONE, ZERO, Expr, Index, Op, Sort, add, apply, at_least, const_int, index, integer, ite, le, maximum, minimum
-from swacompile.index_expr import neg, not_, real, rounded, show, sub, substitute_atom, to_real, transform, walk, wrap
+from swacompile.index_expr import neg, real, rounded, sub, substitute_atom, to_real, transform, walk, wrap
 
 MAX_DEPTH = 200  # A mask needs a few dozen operations; past this the element is run-time data.
 
@@ -176,8 +176,9 @@ class Sizes:
 def equality_text(gone: Expr, stays: Expr) -> str:
     """An equality of sizes for people: that a length cut off at a limit is itself says that it is within the limit."""
     if gone.op is Op.ITE and stays in gone.args[1:]:
-        condition = gone.args[0] if gone.args[1] == stays else not_(gone.args[0])
-        return show(condition)
+        (limit,) = (branch for branch in gone.args[1:] if branch != stays)
+        if minimum(stays, limit) == gone or minimum(limit, stays) == gone:
+            return f"{stays} <= {limit}"
     return f"{gone} == {stays}"
 
 

@@ -60,6 +60,8 @@ def _plan(reading: Reading, finding: Finding, full: bool, dtypes: tuple[str, ...
         return _refused(site, proof, "dtype", f"the output is {reading.tensors[site.output].dtype}, its operands are {site.dtype}")
     if site.head_size is None or site.value_head_size is None:
         return _refused(site, proof, "head-size", "the head size is known only at run time")
+    if any(operand.flat for operand in (site.query, site.key, site.value)):
+        return _refused(site, proof, "rank", "query, key and value are 3-D, expected an axis for the heads")
     if "keys >= queries" in proof.valid_for:
         return _refused(site, proof, "guarded", "the proof holds only where there are at least as many keys as queries, which a rewrite cannot check")
     operands: dict[ResidualKind, RunTimeOperand] = {}

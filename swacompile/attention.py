@@ -61,10 +61,11 @@ class Axes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """A 4-D value of the source model and the order of its axes."""
+    """A 4-D value of the source model and the order of its axes. Where `flat` it is 3-D, BSHD with heads and head size in one axis."""
 
     value: str
     layout: Layout
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

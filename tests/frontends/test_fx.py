@@ -134,11 +134,12 @@ def test_random_data_are_refused_by_name():
     assert "gt" in refusal.reason
 
 
-def test_positions_that_are_an_input_are_not_taken_for_counted_ones():
+def test_positions_that_are_an_input_leave_segments():
     places = torch.arange(LENGTH)[None]
-    refusal = refusal_of(export(spelled.Positioned(spelled.packed, 4), (*operands(), places), (*GROWING, {1: LONG[2]})))
-    assert refusal.code == "data-dependent"
-    assert "places" in refusal.reason
+    finding = only(export(spelled.Positioned(spelled.packed, 4), (*operands(), places), (*GROWING, {1: LONG[2]})))
+    assert isinstance(finding.verdict, BandProof)
+    assert finding.verdict.mask == BandMask(left=3, right=0)
+    assert [residual.kind for residual in finding.verdict.residuals] == [ResidualKind.SEGMENTS]
 
 
 # ------------------------------------------------------------------------------------------------- attention's own forms
