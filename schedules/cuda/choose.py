@@ -11,6 +11,7 @@ from swacompile.schedules.cuda.spec import Config, KernelSpec, MmaConfig, WgmmaC
 
 SHORT_BAND = 256
 MOST_PACKED = 8
+FEW_FEATURES = 4
 MOST_PACKED_DECODING = 64
 
 
@@ -25,7 +26,7 @@ class Shape:
 
     @property
     def pack(self) -> int:
-        """Query heads of one tile: fewer positions waste less of the band's edges. A power of two that divides the group."""
+        """Query heads of one tile, a power of two that divides the group: fewer positions waste less of a band's edges."""
         return min(self.group & -self.group, MOST_PACKED)
 
     @property
@@ -112,9 +113,13 @@ def wgmma_three_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
 
 def wgmma_two_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
     """232 registers a thread, for wide heads and for features. The widths are those that ptxas fits without spills."""
-    limits = ((64, 96), (128, 64), (192, 48), (256, 32))
-    keys = next(keys for limit, keys in limits if _widest(spec) <= limit)
-    return WgmmaConfig(keys_per_tile=max(keys, 64) if _is_plain(spec) else keys, pack=shape.pack)
+    widest = _widest(spec)
+    if _is_plain(spec):
+        return WgmmaConfig(keys_per_tile=64, pack=shape.pack)
+    if widest > 192:
+        keys = 32 if len(spec.features.names) <= FEW_FEATURES else 16
+        return WgmmaConfig(keys_per_tile=keys, consumers=1, pack=shape.pack)
+    return WgmmaConfig(keys_per_tile=96 if widest <= 64 else 64 if widest <= 128 else 32, pack=shape.pack)
 
 
 def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
@@ -129,7 +134,8 @@ def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
 
 def mma_any(spec: KernelSpec, shape: Shape) -> Config | None:
     pack = shape.pack_decoding if spec.features.split else shape.pack
-    return MmaConfig(keys_per_tile=64 if _widest(spec) <= 128 else 32, pack=pack)
+    fits_64 = _widest(spec) <= 128 if _is_plain(spec) else _widest(spec) <= 64
+    return MmaConfig(keys_per_tile=64 if fits_64 else 32, pack=pack)
 
 
 def mma_small(spec: KernelSpec, shape: Shape) -> Config | None:

@@ -8,7 +8,7 @@ ELEMENT_BYTES = 2
 BARRIER_BYTES = 1024
 """More than all barriers of a wgmma kernel, and the alignment of the pool."""
 ROW_PAD = 8
-"""Elements between two rows of an mma kernel's shared memory: 16 bytes, which puts an ldmatrix's rows into different banks."""
+"""Elements between two rows of an mma kernel's shared memory: 16 bytes, which put an ldmatrix's rows into other banks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

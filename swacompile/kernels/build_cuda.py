@@ -38,7 +38,7 @@ class KernelReport:
     spill_bytes: int
     barriers: int
     shared_bytes: int
-    """Static and dynamic shared memory of a thread block."""
+    """Static shared memory of a thread block."""
     warnings: tuple[str, ...] = ()
 
 
@@ -68,7 +68,7 @@ def build_library(functions: Mapping[str, Any], arch: CudaArch, path: Path) -> B
             f"{path.name}: TVM did not ask for a cubin, so the library would hold CUDA text; is {CUDA_RUNTIME} loaded?"
         )
     module.export_library(str(path))
-    reports = parse_ptxas(compiler.log, compiler.source)
+    reports = parse_ptxas(compiler.log)
     return BuiltLibrary(path=path, arch=arch, reports=reports, cubin=compiler.cubin, source=compiler.source)
 
 
@@ -140,8 +140,8 @@ _USED = re.compile(r"Used (\d+) registers(?:, used (\d+) barriers)?")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
-def parse_ptxas(log: str, source: str) -> tuple[KernelReport, ...]:
-    """Read `ptxas -v`. Dynamic shared memory is not in it: see `dynamic_shared`."""
+def parse_ptxas(log: str) -> tuple[KernelReport, ...]:
+    """Read `ptxas -v`. Dynamic shared memory is not in it: see a config's `shared_bytes`."""
     reports = []
     warnings = tuple(line.strip() for line in log.splitlines() if "(C75" in line or "setmaxnreg" in line)
     for part in _ENTRY.split(log)[1:]:

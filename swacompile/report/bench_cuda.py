@@ -8,8 +8,9 @@ over the measured rate of a large copy.
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ROW_TOLERANCE = 1e-2
 MASK_BYTES_LIMIT = 40e9
+DECODING_QUERIES = 16
 WARM_UP_MS = 50
 REPEAT_MS = 200
 
@@ -113,6 +115,42 @@ class Row:
     floor_share: float = math.nan
     error: float = math.nan
     failure: str = ""
+
+
+def kernel_of(case: Case) -> "Kernel":
+    """The kernel that `case` needs, with the default tiles for sm_90a."""
+    from swacompile.runtime.cuda.library import Kernel
+    from swacompile.schedules.cuda.arch import CUDA_ARCHS
+    from swacompile.schedules.cuda.choose import Shape, choose
+    from swacompile.schedules.cuda.spec import Features, KernelSpec
+
+    features = Features(sinks=case.sinks, split=case.query_count <= DECODING_QUERIES)
+    spec = KernelSpec(dtype="bfloat16", head_size=case.head_size, value_size=case.head_size, features=features)
+    band = None if case.left is None or case.right is None else case.left + case.right + 1
+    shape = Shape(group=case.heads // case.kv_heads, band=band)
+    return Kernel(spec=spec, config=choose(spec, CUDA_ARCHS["sm_90a"], shape))
+
+
+def build_libraries(folder: Path, cases: Sequence[Case] = CASES) -> None:
+    """One kernel library a case, `<case>.so`; needs TVM and nvcc, no GPU."""
+    from swacompile.kernels.build_cuda import build_kernels
+    from swacompile.schedules.cuda.arch import CUDA_ARCHS
+
+    for case in cases:
+        build_kernels([kernel_of(case)], CUDA_ARCHS["sm_90a"], folder / f"{case.name}.so")
+
+
+def run(folder: Path, cases: Sequence[Case], ceilings: Ceilings, *, runtime: Path | None = None) -> Iterator[Row]:
+    """Time `build_libraries`' kernels and their peers. `runtime`: where TVM's two runtime libraries lie, None for TVM's own."""
+    from swacompile.runtime.cuda.launch import Launcher
+    from swacompile.runtime.cuda.library import CudaLibrary
+
+    for case in cases:
+        problem = Problem(case)
+        library = CudaLibrary(folder / f"{case.name}.so", runtime=runtime)
+        yield problem.report("swacompile", ours(problem, Launcher(library), library.kernels[0]), ceilings)
+        for name, peer in peers(problem):
+            yield problem.report(name, peer, ceilings)
 
 
 def measure_ceilings() -> Ceilings:
@@ -225,7 +263,6 @@ def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
     case = problem.case
     if case.sinks:
         return
-    yield "flex_attention", _deferred(lambda: _flex(problem))
     if case.query_count == 1 and case.left is not None:
         yield "sdpa on the slice", _deferred(lambda: _sdpa_slice(problem))
     elif case.query_count * case.keys <= MASK_BYTES_LIMIT / 40 and case.keys <= 16384:
@@ -234,6 +271,7 @@ def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "sdpa flash backend", _deferred(lambda: _sdpa_flash(problem))
     if case.query_count > 1:
         yield "cudnn band", _deferred(lambda: _cudnn(problem))
+    yield "flex_attention", _deferred(lambda: _flex(problem))
 
 
 def _deferred(build: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:

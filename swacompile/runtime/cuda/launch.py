@@ -185,8 +185,8 @@ def check_tensors(kernel: Kernel, tensors: tuple[Any, Any, Any, Any], numbers: N
         )
         if tensor.stride()[-1] != 1 or odd_stride or tensor.data_ptr() % 16:
             raise CudaRuntimeError(
-                f"{name} has strides {tensor.stride()} and address {tensor.data_ptr():#x}: the last stride must be 1, the "
-                "others multiples of 8 elements and the address a multiple of 16 bytes; make it contiguous"
+                f"{name} has strides {tensor.stride()} and address {tensor.data_ptr():#x}: the last stride must be 1, "
+                "the others multiples of 8 elements and the address a multiple of 16 bytes; make it contiguous"
             )
     if heads % key.shape[1]:
         raise CudaRuntimeError(f"query has {heads} heads, no multiple of key's {key.shape[1]}")

@@ -1,0 +1,89 @@
+"""Kernels that stand for all: every family, both types, each feature, odd head sizes, each way of storing.
+
+`python cuda_kernels.py FOLDER` builds them for sm_90a, for a GPU machine that has no compiler; see `cuda_device.py`.
+"""
+
+import sys
+from pathlib import Path
+
+from swacompile.kernels.build_cuda import build_kernels
+from swacompile.runtime.cuda.library import Kernel
+from swacompile.schedules.cuda.arch import CUDA_ARCHS
+from swacompile.schedules.cuda.choose import Shape, choose
+from swacompile.schedules.cuda.spec import Config, Features, KernelSpec, MmaConfig, WgmmaConfig
+
+
+def kernel(head: int, value: int, config: Config, *features: str, dtype: str = "bfloat16") -> Kernel:
+    switched = Features(**{name: True for name in features})
+    return Kernel(spec=KernelSpec(dtype=dtype, head_size=head, value_size=value, features=switched), config=config)
+
+
+def default(head: int, value: int, shape: Shape, *features: str, dtype: str = "bfloat16") -> Kernel:
+    """With the tiles that the rules for sm_90a choose."""
+    spec = kernel(head, value, MmaConfig(keys_per_tile=16), *features, dtype=dtype).spec
+    return Kernel(spec=spec, config=choose(spec, CUDA_ARCHS["sm_90a"], shape))
+
+
+FEATURE_SETS = (
+    ("sinks", "lse"),
+    ("softcap", "lse"),
+    ("key_padding", "lse"),
+    ("segments", "key_padding"),
+    ("bias", "lse"),
+    ("alibi",),
+    ("chunked",),
+    ("zeroed", "key_padding"),
+    ("zeroed", "lse"),
+    ("sinks", "softcap", "key_padding", "segments", "bias", "alibi", "chunked", "lse"),
+)
+ANY, GROUP = Shape(), Shape(group=4)
+PORTABLE = MmaConfig(keys_per_tile=64)
+
+WGMMA_KERNELS = (
+    *(default(64, 64, GROUP, *features) for features in FEATURE_SETS),
+    default(128, 128, GROUP),
+    default(128, 128, ANY, dtype="float16"),
+    default(96, 96, ANY),
+    default(80, 80, ANY),
+    default(72, 40, GROUP),
+    default(32, 32, GROUP, dtype="float16"),
+    default(192, 128, GROUP),
+    default(256, 256, Shape(group=2)),
+    default(256, 256, ANY, "bias", "key_padding"),
+    default(64, 64, Shape(group=8, band=128), "sinks"),
+    default(64, 64, Shape(band=128), dtype="float16"),
+    kernel(128, 64, WgmmaConfig(keys_per_tile=176, pack=2, polynomial_every=3)),
+    kernel(
+        64, 128, WgmmaConfig(keys_per_tile=128, query_stages=2, pingpong=False, polynomial_every=4), dtype="float16"
+    ),
+    default(128, 128, Shape(group=8), "split"),
+    default(64, 64, GROUP, "split", "sinks", "lse", "key_padding"),
+    default(256, 256, GROUP, "split", "softcap"),
+)
+MMA_KERNELS = (
+    *(kernel(64, 64, PORTABLE, *features) for features in FEATURE_SETS),
+    kernel(64, 64, MmaConfig(keys_per_tile=64, row_blocks=2, blocks_per_sm=2, pack=4)),
+    kernel(128, 128, MmaConfig(keys_per_tile=32, row_blocks=2), dtype="float16"),
+    kernel(128, 64, MmaConfig(keys_per_tile=64, stages=3)),
+    kernel(72, 40, PORTABLE),
+    kernel(80, 80, PORTABLE),
+    kernel(32, 32, PORTABLE),
+    kernel(192, 128, MmaConfig(keys_per_tile=32)),
+    kernel(256, 256, MmaConfig(keys_per_tile=32)),
+    kernel(64, 64, PORTABLE, "split", "sinks", "lse"),
+)
+FAMILIES = {"wgmma": WGMMA_KERNELS, "mma": MMA_KERNELS}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for family, kernels in FAMILIES.items():
+        built = build_kernels(kernels, CUDA_ARCHS["sm_90a"], folder / f"{family}.so")
+        (folder / f"{family}.cubin").write_bytes(built.cubin)
+        for report in built.reports:
+            print(family, report.kernel, report.registers, "registers", report.spill_bytes, "bytes of spills")
+
+
+if __name__ == "__main__":
+    main()
