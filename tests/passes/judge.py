@@ -8,7 +8,8 @@ import numpy as np
 
 from swacompile.attention import BandProof, Refutation, Residual, ResidualKind
 from swacompile.band import Alignment, BandMask
-from swacompile.index_expr import Op, const_int, walk
+from swacompile.index_expr import Op, walk
+from swacompile.passes.evaluate import evaluate
 from tests.passes.grammar import Case
 from tests.passes.masks import band_cells, verdict_on
 
@@ -76,11 +77,12 @@ def _agrees(case: Case, proof: BandProof, queries: int, keys: int) -> bool:
 
 
 def _operand(case: Case, residual: Residual, queries: int, keys: int) -> np.ndarray:
-    """The residual's condition as booleans (batch or 1, keys), read from the evaluated model."""
-    (data,) = (node for node in walk(residual.condition) if node.op is Op.APPLY)
-    value = case.model.values(queries, keys, batch=2, **_padding(case, keys))[data.name]
-    chosen = value[tuple(0 if const_int(arg) == 0 else slice(None) for arg in data.args)]
-    return np.atleast_2d(chosen) ^ (residual.condition.op is Op.NOT)
+    """The residual's condition as booleans (batch, keys), its data read from the evaluated model."""
+    values = case.model.values(queries, keys, batch=2, **_padding(case, keys))
+    numbers = {"b": np.arange(2)[:, None], "k": np.arange(keys)[None, :]}
+    symbols = {node: numbers[node.name] for node in walk(residual.condition) if node.op is Op.SYMBOL and node.args}
+    shown = evaluate(residual.condition, symbols, lambda node, args: values[node.name][tuple(args)])  # type: ignore[arg-type]
+    return np.broadcast_to(np.asarray(shown), (2, keys))
 
 
 def _cells(case: Case, queries: int, keys: int) -> np.ndarray | None:
