@@ -23,7 +23,8 @@ RUN_SECONDS = 60.0
 WAIT_SECONDS = 120.0
 """How long to wait for a free server."""
 ATTEMPTS = 3
-"""Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed."""
+"""Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed: servers must
+outlive a crash, as swacompile.tuning.rpc_server does."""
 
 
 class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
@@ -98,7 +99,7 @@ class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
             host, port = self._tracker
             raise TargetError(
                 f"no server with key {self._key!r} at the tracker {host}:{port} ({answer['message'] or 'it answers'}): "
-                f"start one with `python -m tvm.exec.rpc_server --tracker {host}:{port} --key {self._key}`"
+                f"start one with `python -m swacompile.tuning.rpc_server --tracker {host}:{port} --key {self._key}`"
             )
         return int(answer["count"])
 

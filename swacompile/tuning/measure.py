@@ -168,13 +168,12 @@ class LocalMeasurer:
         return provenance_here(self.target, device=self._device, threads=self._threads)
 
     def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
-        for candidate, failure in self._bench.build(candidates).items():
-            if failure is not None:
-                yield failure
-                continue
-            with turn(self._bench.lock, alone=True):
-                outcome = self._run(candidate, effort)
-            yield outcome
+        built = self._bench.build(candidates)
+        yield from (failure for failure in built.values() if failure is not None)
+        with turn(self._bench.lock, alone=True):
+            for candidate, failure in built.items():
+                if failure is None:
+                    yield self._run(candidate, effort)
 
     def _run(self, candidate: Candidate, effort: Effort) -> Outcome:
         result = runner.run_contained(

@@ -1,0 +1,76 @@
+"""The offline route: exported here, measured by the runner where there is no tvm package, taken in again."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path
+
+import numpy
+import pytest
+import tvm_ffi
+
+from swacompile.errors import ArgumentError
+from swacompile.target import host_targets
+from swacompile.tuning import bundle
+from swacompile.tuning.database import Database, Level
+from swacompile.tuning.record import Status
+from swacompile.tuning.rules import rule_for
+from tests.tuning.conftest import WORKLOAD
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def bare_python(tmp_path) -> Path:
+    """An interpreter that sees numpy and tvm_ffi, and neither tvm nor swacompile."""
+    folder = tmp_path / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for package in (numpy, tvm_ffi):
+        home = Path(package.__file__).parent
+        names = {home.name, f"{home.name}.libs", *(p.name for p in home.parent.glob(f"*{home.name}*.dist-info"))}
+        for name in names | {"typing_extensions.py"}:
+            if (home.parent / name).exists() and not (site / name).exists():
+                (site / name).symlink_to(home.parent / name)
+    return folder / "bin" / "python"
+
+
+def test_route_without_a_compiler(bench, bare_python, tmp_path):
+    check = "import importlib.util as u; print(u.find_spec('tvm'), u.find_spec('swacompile'))"
+    assert subprocess.run([bare_python, "-c", check], capture_output=True, text=True, cwd=tmp_path).stdout == "None None\n"
+    picked = [c for c in bundle.pick(WORKLOAD, bench, trials=40) if c.config.as_dict()["row_keys"] in (64, 128)]
+    tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
+    count = bundle.export(picked, bench, tar)
+    assert count == sum(c.config.as_dict()["row_heads"] != 8 for c in picked) >= 8
+    with tarfile.open(tar) as opened:
+        opened.extract(bundle.RUNNER_FILE, tmp_path, filter="data")
+        assert all(entry.uname == "" and entry.mtime == 0 for entry in opened)
+    command = [bare_python, "-m", "swacompile_runner", tar, "-o", results, "--timeout", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    with results.open("a") as file:
+        file.write('{"schema": 1, "config": "__import__"}\n')
+    database = Database(folders=(tmp_path / "records",))
+    assert bundle.take_in(results, database) == (count, 1)
+    assert bundle.take_in(results, database) == (0, 1)
+    kinds = {record.config.as_dict()["row_heads"]: record.status for record in database.records(host_targets()[0].name)}
+    expected = {1: Status.OK, 2: Status.OK, 3: Status.WRONG, 4: Status.OK, 5: Status.CRASHED, 6: Status.HUNG}
+    assert kinds == expected
+    choice = database.choose(rule_for(WORKLOAD, bench.target), WORKLOAD, bench.target)
+    assert choice.level is Level.EXACT and choice.record.provenance.device
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert "0 candidates measured" in again.stdout
+
+
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 99, "jobs": []}))
+    runner = Path(bundle.runner.__file__)
+    done = subprocess.run([sys.executable, runner, tmp_path], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "expected a bundle of format 1, found 99" in done.stderr
+
+
+def test_missing_results(tmp_path):
+    with pytest.raises(ArgumentError, match="found no file"):
+        bundle.take_in(tmp_path / "none.jsonl", Database(folders=(tmp_path,)))
