@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from swacompile.index_expr import Expr, Op, Sort, wrap_number
+from swacompile.index_expr import Expr, Op, Sort, round_number, wrap_number
 
 Number = int | bool | np.ndarray
 Lookup = Callable[[Expr, list[Number]], Number]
@@ -49,9 +49,9 @@ def _apply(node: Expr, args: list[Number], lookup: Lookup | None) -> Number:
             bits, signed = node.value  # type: ignore[misc]
             return wrap_number(args[0], bits, signed)  # type: ignore[arg-type]
         case Op.ROUND:
-            if np.all(np.abs(args[0]) <= node.value):
-                return args[0]
-            raise NotEvaluable(f"{node} is not exact")
+            if isinstance(args[0], np.ndarray):
+                return np.vectorize(round_number, otypes=[object])(args[0], node.value)
+            return round_number(int(args[0]), node.value)  # type: ignore[arg-type]
         case Op.LE0:
             return args[0] <= 0
         case Op.EQ0:

@@ -13,7 +13,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind
+from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
 from swacompile.index_expr import FALSE, MAX_SIZE, TRUE, Expr, NotInteger, Op, and_, const_int, eq, ideal, integer, le, not_, or_, real, real_mul, sub
 from swacompile.index_expr import substitute, to_integer, walk
@@ -181,13 +181,21 @@ def _placed(verdict: Verdict, added: tuple[Residual, ...], axes: Axes) -> Verdic
 
 def _holds(visible: Expr, claim: Expr, axes: Axes) -> tuple[str, ...] | None:
     """The guards under which visible <=> claim is proven, weakest first; None where there is none."""
-    for largest in LIMITS if uses_machine_numbers(visible) else (None,):
+    limits = _limits(visible)
+    for largest in limits:
         if always_equal(visible, claim, axes, largest=largest) is None:
             return () if largest in (None, MAX_SIZE) else (f"sizes <= {largest}",)
     apart = const_int(sub(axes.keys, axes.queries)) is None
-    if apart and always_equal(visible, claim, axes, given=le(axes.queries, axes.keys)) is None:
+    if apart and None in limits and always_equal(visible, claim, axes, given=le(axes.queries, axes.keys)) is None:
         return ("keys >= queries",)
     return None
+
+
+def _limits(mask: Expr) -> tuple[int | None, ...]:
+    """Sizes up to which a proof is tried: those at which positions keep all their digits."""
+    exact = [int(str(node.value)) for node in walk(mask) if node.op is Op.ROUND]
+    limits = tuple(limit for limit in LIMITS if limit <= min(exact, default=MAX_SIZE))
+    return limits if uses_machine_numbers(mask) else (None,)
 
 
 def _always(condition: Expr, claim: Expr, axes: Axes) -> bool:
@@ -253,6 +261,15 @@ def _bands_of_heads(rest: Expr, axes: Axes) -> Verdict | None:
                    reason=f"the band differs between heads, expected one for all: {listed}")  # fmt: skip
 
 
+def _overflowing(visible: Expr, claim: Expr, axes: Axes) -> Witness | None:
+    """A cell where arithmetic goes wrong, at sizes as small as can be found."""
+    for largest in (1 << 9, 1 << 12, 1 << 16, LIMITS[-1]):
+        witness = always_equal(visible, claim, axes, largest=largest)
+        if witness is not None:
+            return witness
+    return None
+
+
 def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -> Verdict | None:
     """Whether the mask is a band but for overflow: the witness is a cell where arithmetic goes wrong."""
     if not uses_machine_numbers(visible):
@@ -260,8 +277,7 @@ def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -
     for band in bands:
         claim = and_(claim_of(band, axes), factors)
         if always_equal(ideal(visible), claim, axes) is None:
-            limit = LIMITS[-1]
-            reason = (f"the mask is the band {band} only while positions fit their data type: expected that for sizes up to {limit}, "
+            reason = (f"the mask is the band {band} only while positions fit their data type: expected that for sizes up to {LIMITS[-1]}, "
                       "found arithmetic that overflows or loses digits below that")  # fmt: skip
-            return Verdict(code="overflow", mask=band, reason=reason, witness=always_equal(visible, claim, axes, largest=limit))
+            return Verdict(code="overflow", mask=band, reason=reason, witness=_overflowing(visible, claim, axes))
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import z3
 
 from swacompile.attention import Axes, Witness
-from swacompile.index_expr import MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, not_, walk, wrapped_range
+from swacompile.index_expr import LARGEST_HALF, MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, not_, walk, wrapped_range
 
 TIMEOUT_MS = 10_000
 
@@ -60,8 +60,7 @@ class Translation:
                 wrapped = (args[0] - lowest) % (1 << bits) + lowest
                 return z3.If(z3.And(lowest <= args[0], args[0] <= highest), args[0], wrapped)
             case Op.ROUND:
-                lost = z3.Function(f"rounded to {expr.value}", z3.IntSort(), z3.IntSort())
-                return z3.If(z3.And(-expr.value <= args[0], args[0] <= expr.value), args[0], lost(args[0]))  # type: ignore[operator]
+                return _rounded(args[0], expr.value, 4 * (self.largest or MAX_SIZE))  # type: ignore[arg-type]
             case Op.LE0:
                 return args[0] <= 0
             case Op.EQ0:
@@ -88,6 +87,20 @@ class Translation:
         if self.largest is not None:
             self.bounds.append((self(symbol.args[0]) if symbol.args else constant) <= self.largest)
         return constant
+
+
+def _rounded(value: z3.ArithRef, exact: int, bound: int) -> z3.ArithRef:
+    """index_expr.round_number for the solver; rounding of numbers beyond `bound` is left open."""
+    size = z3.If(value < 0, -value, value)
+    half = exact == 1 << 11
+    result = z3.IntVal(1 << 200) if half else z3.Function(f"rounded beyond {exact}", z3.IntSort(), z3.IntSort())(size)
+    largest = LARGEST_HALF + 1 if half else max(bound, exact)
+    for bits in reversed(range(exact.bit_length(), largest.bit_length() + 1)):
+        step = 1 << (bits - exact.bit_length() + 1)
+        whole, rest = size / step, size % step
+        up = z3.Or(2 * rest > step, z3.And(2 * rest == step, whole % 2 == 1))
+        result = z3.If(size < min(1 << bits, largest), z3.If(up, whole + 1, whole) * step, result)
+    return z3.If(size <= exact, value, z3.If(value < 0, -result, result))
 
 
 def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: int | None = None) -> Witness | None:

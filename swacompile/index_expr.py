@@ -439,8 +439,22 @@ def rounded(expr: Expr, exact: int) -> Expr:
     """An integer as a floating-point type keeps it that is exact up to this magnitude."""
     if expr.op is Op.ITE:
         return ite(expr.args[0], rounded(expr.args[1], exact), rounded(expr.args[2], exact))
+    if (value := const_int(expr)) is not None:
+        return integer(round_number(value, exact))
     low, high = value_range(expr)
     return expr if -exact <= low and high <= exact else Expr(Op.ROUND, Sort.INT, (expr,), exact)
+
+
+LARGEST_HALF = 65519  # Larger numbers are infinite in float16.
+
+
+def round_number(value: int, exact: int) -> int:
+    """A number as a type keeps it that is exact up to this power of two: to the nearest multiple of a step, ties to the even one."""
+    if exact == 1 << 11 and abs(value) > LARGEST_HALF:
+        return (1 << 200) * (1 if value > 0 else -1)
+    step = 1 << max(0, abs(value).bit_length() - exact.bit_length() + 1)
+    whole, rest = divmod(value, step)
+    return (whole + (2 * rest > step or (2 * rest == step and whole % 2 == 1))) * step
 
 
 def substitute_atom(expr: Expr, atom: Expr, replacement: Expr) -> Expr:
