@@ -36,7 +36,9 @@ def serve(host: str, tracker: tuple[str, int], key: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="swacompile.tuning.rpc_server", description="Measure kernels for a tracker's clients.")
+    parser = argparse.ArgumentParser(
+        prog="swacompile.tuning.rpc_server", description="Measure kernels for a tracker's clients."
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; reachable by trusted machines only")
     parser.add_argument("--tracker", required=True, help="host:port of `python -m tvm.exec.rpc_tracker`")
     parser.add_argument("--key", required=True, help="name of this kind of device")

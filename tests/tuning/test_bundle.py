@@ -39,7 +39,9 @@ def bare_python(tmp_path) -> Path:
 
 def test_route_without_a_compiler(bench, bare_python, tmp_path):
     check = "import importlib.util as u; print(u.find_spec('tvm'), u.find_spec('swacompile'))"
-    assert subprocess.run([bare_python, "-c", check], capture_output=True, text=True, cwd=tmp_path).stdout == "None None\n"
+    assert (
+        subprocess.run([bare_python, "-c", check], capture_output=True, text=True, cwd=tmp_path).stdout == "None None\n"
+    )
     picked = [c for c in bundle.pick(WORKLOAD, bench, trials=40) if c.config.as_dict()["row_keys"] in (64, 128)]
     tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
     count = bundle.export(picked, bench, tar)

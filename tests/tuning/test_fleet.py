@@ -1,5 +1,6 @@
 """The RPC route with a real tracker and two servers on the loopback interface."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -41,10 +42,8 @@ def start(module, *options):
 
 def kill(process):
     """The server and the processes it serves from."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -99,5 +98,7 @@ def test_a_server_killed_in_mid_run_loses_nothing(bench, fleet, tmp_path):
 
 def test_no_tracker(bench):
     port = free_port()
-    with pytest.raises(TargetError, match=rf"no server with key 'test-cpu' at the tracker 127\.0\.0\.1:{port}.*rpc_server"):
+    with pytest.raises(
+        TargetError, match=rf"no server with key 'test-cpu' at the tracker 127\.0\.0\.1:{port}.*rpc_server"
+    ):
         FleetMeasurer(bench, tracker=("127.0.0.1", port), key=KEY, wait_seconds=10).servers()
