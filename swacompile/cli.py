@@ -77,6 +77,8 @@ def rewrite(
     else:
         print_outcomes(out, done.outcomes)
         out.print(f"wrote {done.out}: {len(done.replaced)} attentions replaced" if done.out else "nothing to replace, nothing written", soft_wrap=True)
+    if emit is Emit.ORT_GQA and done.replaced:
+        err.print("note: run this file with ONNX Runtime 1.24 or later: up to 1.23, GroupQueryAttention lets every query see one key more", soft_wrap=True)
     raise typer.Exit(0 if done.replaced else NOTHING_DONE)
 
 
