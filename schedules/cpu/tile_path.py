@@ -4,7 +4,9 @@ Keys and values are read where they lie; only the queries are transposed, once a
 lanes. Scores outside the band are neither computed (by whole register blocks), nor weighted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from tvm import tirx
@@ -230,8 +232,8 @@ class TilePath:
                 touched = all_of(self._touches(key, vector, width), vector + width <= self._vectors)
                 either(
                     touched,
-                    lambda row=row, key=key, vector=vector: self._score_block(row, key, vector, width),
-                    lambda row=row, key=key, vector=vector: self._score_vectors(row, key, vector, width),
+                    partial(self._score_block, row, key, vector, width),
+                    partial(self._score_vectors, row, key, vector, width),
                 )
 
     def _score_vectors(self, row: Expr, key: Expr, vector: Expr, width: int) -> None:
@@ -303,7 +305,7 @@ class TilePath:
                     value = select(visible(key + i), value, splat(self._fill, lanes))
                 store(self._memory.scores, value, (row + i) * tiles.queries + column, lanes=lanes)
 
-    def _visible_lanes(self, vector: Expr):  # type: ignore[no-untyped-def]
+    def _visible_lanes(self, vector: Expr) -> Callable[[Expr], Expr]:
         """A function from a key to the lanes whose window holds it."""
         lanes = self._tiles.lanes
         first = load(self._memory.first, vector * lanes, lanes=lanes)
@@ -392,12 +394,8 @@ class TilePath:
             total[0] = load(memory.total, column, lanes=lanes) * rescale
             either(
                 self._zeroed,
-                lambda column=column, start=start, stop=stop, base=base: self._weigh(
-                    column, start, stop, base, total, zeroed=True
-                ),
-                lambda column=column, start=start, stop=stop, base=base: self._weigh(
-                    column, start, stop, base, total, zeroed=False
-                ),
+                partial(self._weigh, column, start, stop, base, total, zeroed=True),
+                partial(self._weigh, column, start, stop, base, total, zeroed=False),
             )
             store(memory.total, total[0], column, lanes=lanes)
             with when(self._is_last):

@@ -48,7 +48,8 @@ def element_type(dtype: DType) -> "np.dtype[Any]":
     if dtype is DType.BF16:
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        brain: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return brain
     return np.dtype(dtype.long_name)
 
 
@@ -57,7 +58,7 @@ def to_tensor(array: Array) -> Any:
     import tvm_ffi
 
     if not array.flags.writeable:
-        array = np.lib.stride_tricks.as_strided(array, writeable=True) if array.base is None else _writeable(array)
+        array = _writeable(array)
     if array.dtype.name == "bfloat16":
         import torch
 

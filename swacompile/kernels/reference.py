@@ -60,7 +60,7 @@ def banded_attention(call: Call) -> Doubles:
 def scores(call: Call) -> Doubles:
     """Scores of all pairs, (B,H,S,T), before any is hidden."""
     with np.errstate(invalid="ignore", over="ignore"):
-        raw = np.matmul(_float64(call.query), _per_query_head(call.key, call).swapaxes(-1, -2)) * call.scale
+        raw: Doubles = np.matmul(_float64(call.query), _per_query_head(call.key, call).swapaxes(-1, -2)) * call.scale
         if call.softcap != 0.0:
             raw = call.softcap * np.tanh(raw / call.softcap)
         if call.alibi_slopes is not None:
@@ -125,10 +125,11 @@ def _softmax(visible: Doubles, sinks: Array | None) -> Doubles:
 def _weighted_sum(weights: Doubles, counted: Booleans, value: Doubles) -> Doubles:
     """Sum over counted keys only, so that a NaN or infinity in a hidden value does not matter (0 * inf would be NaN)."""
     with np.errstate(invalid="ignore", over="ignore"):
+        total: Doubles
         if np.isfinite(value).all():
-            return np.matmul(np.where(counted, weights, 0.0), value)
-        terms = np.where(counted[..., None], weights[..., None] * value[:, :, None], 0.0)
-        total: Doubles = terms.sum(axis=-2)
+            total = np.matmul(np.where(counted, weights, 0.0), value)
+        else:
+            total = np.where(counted[..., None], weights[..., None] * value[:, :, None], 0.0).sum(axis=-2)
     return total
 
 

@@ -94,7 +94,7 @@ def _serialise(call: Call, output: Array, claimed_queries: int | None) -> bytes:
     bias = call.bias
     if bias is not None:
         bias = np.broadcast_to(bias, (*call.query.shape[:3], call.key.shape[2]))
-    operands: list[tuple[Array | None, int, "np.dtype[Any]"]] = [
+    operands: list[tuple[Array | None, int, np.dtype[Any]]] = [
         (call.query, 4, element),
         (call.key, 4, element),
         (call.value, 4, element),

@@ -1,7 +1,6 @@
 """CPU kernels in a process without TVM: what they read, how much memory they take, and that the number of tasks changes nothing."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
