@@ -114,7 +114,10 @@ class _Splicer:
     def _node(self, value: str, role: str) -> fx.Node:
         node: fx.Node | None = self._nodes.get(value)
         if node is None or not isinstance(node.meta.get("val"), Tensor):
-            raise _Refused("no-node", f"the {role} {value} is no node of the graph itself: it lies in a submodule")
+            raise _Refused(
+                "no-node",
+                f"the {role} {value} is no node of the graph: it lies in a submodule, or in memory that is written",
+            )
         return node
 
     def _operand(self, old: fx.Node, operand: Operand) -> fx.Node:
