@@ -62,11 +62,6 @@ def _is_plain(spec: KernelSpec) -> bool:
     return not (features.changes_scores or features.hides_single_keys or features.zeroed or features.chunked)
 
 
-def _widest_head_keys(spec: KernelSpec) -> int:
-    """Every feature at once needs registers that a tile of 32 keys beside a head of 256 does not leave."""
-    return 16 if _widest(spec) > 192 and len(spec.features.names) > FEW_FEATURES else 32
-
-
 def wgmma_split(spec: KernelSpec, shape: Shape) -> Config | None:
     """Few rows, many keys: what counts is bytes under way, two blocks of three stages each."""
     if not spec.features.split:
@@ -122,7 +117,8 @@ def wgmma_two_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
     if _is_plain(spec):
         return WgmmaConfig(keys_per_tile=64, pack=shape.pack)
     if widest > 192:
-        return WgmmaConfig(keys_per_tile=_widest_head_keys(spec), consumers=1, pack=shape.pack)
+        keys = 32 if len(spec.features.names) <= FEW_FEATURES else 16
+        return WgmmaConfig(keys_per_tile=keys, consumers=1, pack=shape.pack)
     return WgmmaConfig(keys_per_tile=96 if widest <= 64 else 64 if widest <= 128 else 32, pack=shape.pack)
 
 
@@ -139,7 +135,8 @@ def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
 def mma_any(spec: KernelSpec, shape: Shape) -> Config | None:
     pack = shape.pack_decoding if spec.features.split else shape.pack
     fits_64 = _widest(spec) <= 128 if _is_plain(spec) else _widest(spec) <= 64
-    return MmaConfig(keys_per_tile=64 if fits_64 else _widest_head_keys(spec), pack=pack)
+    fits_32 = _widest(spec) <= 192 or _is_plain(spec)
+    return MmaConfig(keys_per_tile=64 if fits_64 else 32 if fits_32 else 16, pack=pack)
 
 
 def mma_small(spec: KernelSpec, shape: Shape) -> Config | None:
