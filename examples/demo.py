@@ -1,7 +1,7 @@
 """Export a sliding-window decoder, compile it, and run both in ONNX Runtime: what was found, how it was proven, what it gains.
 
-    python examples/demo.py                      # 4 layers, hidden size 1024, window 64, length 2048
-    python examples/demo.py --lengths 128 512 2048 4096 --json times.json
+python examples/demo.py                      # 4 layers, hidden size 1024, window 64, length 2048
+python examples/demo.py --lengths 128 512 2048 4096 --json times.json
 """
 
 import argparse
@@ -49,7 +49,9 @@ def print_findings(inspection: swacompile.Inspection) -> None:
     for finding in inspection.findings:
         if isinstance(finding.verdict, BandProof):
             mask, sizes = finding.verdict.mask, ", ".join(finding.verdict.valid_for) or "all sizes"
-            print(f"  {finding.node}: window {mask} = {(mask.left or 0) + 1} keys, proven by {finding.verdict.method} for {sizes}")
+            print(
+                f"  {finding.node}: window {mask} = {(mask.left or 0) + 1} keys, proven by {finding.verdict.method} for {sizes}"
+            )
         else:
             print(f"  {finding.node}: {finding.verdict.reason}")
 

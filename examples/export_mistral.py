@@ -51,7 +51,9 @@ def export(path: Path, **sizes: int) -> None:
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (ids, torch.ones_like(ids)), dynamo=True, dynamic_shapes=(dynamic, dynamic), verbose=False)
+        program = torch.onnx.export(
+            model, (ids, torch.ones_like(ids)), dynamo=True, dynamic_shapes=(dynamic, dynamic), verbose=False
+        )
     assert program is not None
     program.save(str(path), external_data=True)
 

@@ -8,7 +8,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from swacompile.graph import Constant
-from swacompile.index_expr import TRUE, ZERO, Expr, Index, Sort, add, and_, apply, boolean, const_int, integer, ite, le, mul, neg, real, sub
+from swacompile.index_expr import (
+    TRUE,
+    ZERO,
+    Expr,
+    Index,
+    Sort,
+    add,
+    and_,
+    apply,
+    boolean,
+    const_int,
+    integer,
+    ite,
+    le,
+    mul,
+    neg,
+    real,
+    sub,
+)
 from swacompile.passes.index_tensor import sort_of
 
 MAX_ELEMENTS = 1 << 28  # A constant mask of 16384 x 16384; larger arrays are weights.
@@ -61,7 +79,9 @@ class ArrayReader:
         """The array as a function of those axes along which it changes."""
         if name not in self._varying:
             self._varying[name] = _varying_axes(array)
-        return apply(PREFIX + name, tuple(i if v else ZERO for i, v in zip(indices, self._varying[name], strict=True)), sort)
+        return apply(
+            PREFIX + name, tuple(i if v else ZERO for i, v in zip(indices, self._varying[name], strict=True)), sort
+        )
 
     def lookup(self, function: str) -> np.ndarray | None:
         """The array behind a function name in a formula, None for run-time data."""
@@ -96,7 +116,9 @@ class _Affine(_Pattern):
     steps: tuple[int, ...]
 
     def at(self, indices: Index) -> Expr:
-        return add(integer(self.constant), *(mul(integer(step), i) for step, i in zip(self.steps, indices, strict=True)))
+        return add(
+            integer(self.constant), *(mul(integer(step), i) for step, i in zip(self.steps, indices, strict=True))
+        )
 
 
 @dataclass(frozen=True, slots=True)

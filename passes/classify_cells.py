@@ -1,6 +1,7 @@
 """Constant masks that are no band: find out from their cells what else they are. The answer is exact, as every cell is compared."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 import numpy as np
@@ -32,7 +33,9 @@ def _dilated(shown: np.ndarray) -> CellPattern | None:
     distance = _distances(shown)
     seen = np.unique(distance[shown])
     step = gcd(*(int(d) for d in seen)) if seen.size else 0
-    if step < 2 or not np.array_equal(shown, (distance % step == 0) & (distance >= seen.min()) & (distance <= seen.max())):
+    if step < 2 or not np.array_equal(
+        shown, (distance % step == 0) & (distance >= seen.min()) & (distance <= seen.max())
+    ):
         return None
     band = BandMask(left=-int(seen.min()), right=int(seen.max()))
     return CellPattern(kind=Kind.DILATED, band=band, words=f"one key in {step} of the band {band} (dilation {step})")
@@ -43,7 +46,7 @@ def _chunked(shown: np.ndarray) -> CellPattern | None:
     for alignment in (Alignment.TOP_LEFT, Alignment.BOTTOM_RIGHT) if queries != keys else (Alignment.TOP_LEFT,):
         offset = keys - queries if alignment is Alignment.BOTTOM_RIGHT else 0
         cuts = _cuts(shown, offset)
-        sizes = {b - a for a, b in zip(cuts, cuts[1:], strict=False)} or {max(cut, keys - cut) for cut in cuts}
+        sizes = {b - a for a, b in pairwise(cuts)} or {max(cut, keys - cut) for cut in cuts}
         if len(sizes) != 1:
             continue
         (size,) = sizes
@@ -102,7 +105,9 @@ def _named(band: BandMask, keys: tuple[int, ...], queries: tuple[int, ...], righ
     if right is None and keys == tuple(range(len(keys))) and not queries and band.causal:
         words = f"the band {band} and a prefix of {len(keys)} keys that every query sees"
         return CellPattern(kind=Kind.PREFIX, band=band, words=words)
-    words = f"the band {band}, keys that every query sees: {_listed(keys)}, queries that see every key: {_listed(queries)}"
+    words = (
+        f"the band {band}, keys that every query sees: {_listed(keys)}, queries that see every key: {_listed(queries)}"
+    )
     return CellPattern(kind=Kind.GLOBAL_PLUS_BAND, band=band, words=words)
 
 

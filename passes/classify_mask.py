@@ -11,10 +11,29 @@ from dataclasses import dataclass
 
 from swacompile.attention import Axes, Kind
 from swacompile.band import Alignment, BandMask
-from swacompile.index_expr import FALSE, TRUE, Expr, Op, Sort, add, and_, const_int, eq, floordiv, integer, mod, not_, or_, show, sub, substitute, truncdiv, walk
+from swacompile.index_expr import (
+    FALSE,
+    TRUE,
+    Expr,
+    Op,
+    Sort,
+    add,
+    and_,
+    const_int,
+    eq,
+    floordiv,
+    integer,
+    mod,
+    not_,
+    or_,
+    show,
+    sub,
+    substitute,
+    truncdiv,
+    walk,
+)
 from swacompile.passes.probe_band import Probe, candidate_bands, claim_of
 from swacompile.passes.residuals import offset_of, run_time_data
-
 
 Divide = Callable[[Expr, Expr], Expr]
 
@@ -59,7 +78,9 @@ def _chunked(mask: Expr, axes: Axes) -> Iterator[Pattern]:
 
 def _shifts(mask: Expr, axes: Axes, chunk: int) -> list[Expr]:
     """Where the first chunk may start: what is taken from the key before it is divided."""
-    dividends = [node.args[0] for node in walk(mask) if node.op in (Op.FLOORDIV, Op.MOD) and const_int(node.args[1]) == chunk]
+    dividends = [
+        node.args[0] for node in walk(mask) if node.op in (Op.FLOORDIV, Op.MOD) and const_int(node.args[1]) == chunk
+    ]
     shifts = [sub(axes.key, dividend) for dividend in dividends] + [integer(0)]
     shifts += [integer(number % chunk) for number in map(const_int, shifts) if number is not None]
     return list(dict.fromkeys(shift for shift in shifts if not {axes.key, axes.query} & set(walk(shift))))
@@ -73,11 +94,15 @@ def _chunks(mask: Expr, axes: Axes, chunk: int, shift: Expr, alignment: Alignmen
     left, right = _within_chunk(Probe(mask=mask, axes=axes, alignment=alignment), chunk, shift)
     inner = BandMask(left=left, right=right, alignment=alignment)
     widest = chunk - 1 if divide is floordiv else 2 * chunk - 2
-    enclosing = BandMask(left=widest if left is None else left, right=widest if right is None else right, alignment=alignment)
+    enclosing = BandMask(
+        left=widest if left is None else left, right=widest if right is None else right, alignment=alignment
+    )
     words = [f"chunked attention of chunk size {chunk}"]
     words += [f"shifted by {show(shift)}"] if shift != integer(0) else []
     words += ["what lies before counted to the first chunk"] if divide is truncdiv else []
-    words += ["causal"] if inner.causal and inner.left is None else [f"within the band {inner}"] if not inner.is_full else []
+    words += (
+        ["causal"] if inner.causal and inner.left is None else [f"within the band {inner}"] if not inner.is_full else []
+    )
     return Pattern(kind=Kind.CHUNKED, claim=and_(same, claim_of(inner, axes)), band=enclosing, words=", ".join(words))
 
 
@@ -87,7 +112,7 @@ def _within_chunk(probe: Probe, chunk: int, shift: Expr) -> tuple[int | None, in
     first = (int(moved) if moved is not None else 0) - probe.offset
     middle = first + ((probe.queries // 2 - first) // chunk) * chunk
     start = middle if middle >= 0 else first
-    if not (0 <= start and start + chunk <= probe.queries and probe.shows(start, 0)):
+    if not (start >= 0 and start + chunk <= probe.queries and probe.shows(start, 0)):
         return None, 0 if probe.shows(0, 1) is False else None
     left = probe.last_shown(start + chunk - 1, -1, 0, chunk)
     right = probe.last_shown(start, 1, 0, chunk)
@@ -105,7 +130,12 @@ def _dilated(mask: Expr, axes: Axes) -> Iterator[Pattern]:
             band = BandMask(left=left, right=right, alignment=alignment)
             distance = sub(axes.key, add(axes.query, offset_of(alignment, axes)))
             claim = and_(claim_of(band, axes), eq(mod(distance, integer(step)), integer(0)))
-            yield Pattern(kind=Kind.DILATED, claim=claim, band=band, words=f"one key in {step} of the band {band} (dilation {step})")
+            yield Pattern(
+                kind=Kind.DILATED,
+                claim=claim,
+                band=band,
+                words=f"one key in {step} of the band {band} (dilation {step})",
+            )
 
 
 def _steps(probe: Probe, step: int, sign: int) -> int | None:
@@ -133,7 +163,9 @@ def _with_global(mask: Expr, axes: Axes) -> Iterator[Pattern]:
     for alignment in _alignments(axes):
         for right in (None, 0):
             outer = BandMask(left=None, right=right, alignment=alignment)
-            openers = _Openers(keys=_opening(mask, axes.key, axes, outer), queries=_opening(mask, axes.query, axes, outer), outer=outer)
+            openers = _Openers(
+                keys=_opening(mask, axes.key, axes, outer), queries=_opening(mask, axes.query, axes, outer), outer=outer
+            )
             if openers.keys or openers.queries:
                 yield from _global(mask, axes, openers)
 
@@ -193,7 +225,11 @@ def _words(openers: _Openers, band: BandMask, kind: Kind) -> str:
     if kind is Kind.PREFIX:
         return f"the band {band} and a prefix that every query sees: {' or '.join(show(key) for key in openers.keys)}"
     parts = [f"keys that every query sees: {' or '.join(show(key) for key in openers.keys)}"] if openers.keys else []
-    parts += [f"queries that see every key: {' or '.join(show(query) for query in openers.queries)}"] if openers.queries else []
+    parts += (
+        [f"queries that see every key: {' or '.join(show(query) for query in openers.queries)}"]
+        if openers.queries
+        else []
+    )
     causal = ", all of it causal" if openers.outer.causal else ""
     return f"the band {band} and {' and '.join(parts)}{causal}"
 

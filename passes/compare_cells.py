@@ -31,7 +31,9 @@ def compare_cells(mask: Expr, axes: Axes, residuals: tuple[Residual, ...], array
         return error.verdict
     odd = _differing_head(shown)
     if odd is not None:
-        return Verdict(code="differs", reason="the mask differs between batches or heads: expected one band for all", witness=odd)
+        return Verdict(
+            code="differs", reason="the mask differs between batches or heads: expected one band for all", witness=odd
+        )
     return _verdict(shown, residuals)
 
 
@@ -43,17 +45,26 @@ def cells_of(mask: Expr, axes: Axes, arrays: ArrayReader) -> np.ndarray:
     extents = [1 if without else const_int(axis.args[0]) for axis, without in zip(order, free, strict=True)]
     shape = [extent for extent in extents if extent is not None]
     if len(shape) < len(extents):
-        raise NoGrid("unknown-array", "the mask is a constant array without a pattern, read at sizes known only at run time")
+        raise NoGrid(
+            "unknown-array", "the mask is a constant array without a pattern, read at sizes known only at run time"
+        )
     if int(np.prod(shape)) > MAX_GRID:
-        raise NoGrid("large-array", f"the mask is a constant array of {shape} cells without a pattern, expected {MAX_GRID} cells at most")
+        raise NoGrid(
+            "large-array",
+            f"the mask is a constant array of {shape} cells without a pattern, expected {MAX_GRID} cells at most",
+        )
     try:
         return _grid(mask, order, shape, arrays)
     except NotEvaluable as error:
-        raise NoGrid("unknown-array", f"the mask is a constant array mixed with what is known only at run time: {error}") from error
+        raise NoGrid(
+            "unknown-array", f"the mask is a constant array mixed with what is known only at run time: {error}"
+        ) from error
 
 
 def _grid(mask: Expr, order: tuple[Expr, ...], shape: list[int], arrays: ArrayReader) -> np.ndarray:
-    positions = [np.arange(extent).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, extent in enumerate(shape)]
+    positions = [
+        np.arange(extent).reshape([-1 if i == axis else 1 for i in range(4)]) for axis, extent in enumerate(shape)
+    ]
     values: dict[Expr, Number] = dict(zip(order, positions, strict=True))
 
     def lookup(node: Expr, args: list[Number]) -> Number:
@@ -101,7 +112,9 @@ def _band(matrix: np.ndarray) -> BandMask | None:
         return BandMask(left=sides[0], right=sides[1])
     left, right = (None if side is None else side for side in sides)
     return BandMask(
-        left=None if left is None else left + keys - 1, right=0 if right is None else right - (keys - 1), alignment=Alignment.BOTTOM_RIGHT
+        left=None if left is None else left + keys - 1,
+        right=0 if right is None else right - (keys - 1),
+        alignment=Alignment.BOTTOM_RIGHT,
     )
 
 

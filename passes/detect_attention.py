@@ -13,15 +13,41 @@ from math import inf, sqrt
 
 from swacompile.attention import Attention, Axes, Finding, Layout, MaskedRows, Operand, Refutation
 from swacompile.graph import Graph, Node
-from swacompile.index_expr import FALSE, ONE, TRUE, ZERO, Expr, Index, Op, Sort, add, and_, const_int, const_real, floordiv, index, integer, le, mul, neg, or_
-from swacompile.index_expr import eq, ite, nonempty, real, real_add, sub, substitute, walk
+from swacompile.index_expr import (
+    FALSE,
+    ONE,
+    TRUE,
+    ZERO,
+    Expr,
+    Index,
+    Op,
+    Sort,
+    add,
+    and_,
+    const_int,
+    const_real,
+    eq,
+    floordiv,
+    index,
+    integer,
+    ite,
+    le,
+    mul,
+    neg,
+    nonempty,
+    or_,
+    real,
+    real_add,
+    sub,
+    substitute,
+    walk,
+)
 from swacompile.passes.arrays import PREFIX
 from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, equality_text, substitute_sizes
 from swacompile.passes.logits import Case, Logit, UnreadableLogits, cases
 from swacompile.passes.packed_positions import with_indices_for_positions
 from swacompile.passes.read_masks import Reading
 from swacompile.passes.trace import Source, trace
-
 
 MAX_BETWEEN = 2000  # Operations between a softmax and its products, at most: hand-written block attention has many.
 ENDS_SEARCH = ("softmax", "shape", "gemm", "normalize", "activation", "attention", "top_k", "gather", "Conv")
@@ -65,7 +91,9 @@ def _operator(reading: Reading, node: Node) -> Attention:
     if all(tensor.rank == 3 for tensor in (query, key, value)):
         return _flat_operator(reading, node, query, key, value)
     if any(tensor.rank != 4 for tensor in (query, key, value)):
-        raise NotReadable("rank", f"expected 4-D query, key and value, found ranks {query.rank}, {key.rank}, {value.rank}")
+        raise NotReadable(
+            "rank", f"expected 4-D query, key and value, found ranks {query.rank}, {key.rank}, {value.rank}"
+        )
     heads = _known(reading, query.shape[1], "number of query heads")
     axes = _axes(reading, query.shape[0], heads, query.shape[2], key.shape[2])
     group = floordiv(axes.head, integer(heads // (const_int(reading.sizes.resolve(key.shape[1])) or heads)))
@@ -92,12 +120,25 @@ def _unfolded(tensor: IndexTensor, heads: int) -> "_Placed":
     """A 3-D operand as if it were (batch, sequence, heads, size)."""
     batch, sequence, width = tensor.shape
     size = floordiv(width, integer(heads))
-    view = IndexTensor(name=tensor.name, dtype=tensor.dtype, shape=(batch, sequence, integer(heads), size), read=tensor.data, depth=tensor.depth)
-    return _Placed(operand=Operand(value=tensor.name, layout=Layout.BSHD, flat=True), tensor=view, scale=1.0, heads=heads)
+    view = IndexTensor(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=(batch, sequence, integer(heads), size),
+        read=tensor.data,
+        depth=tensor.depth,
+    )
+    return _Placed(
+        operand=Operand(value=tensor.name, layout=Layout.BSHD, flat=True), tensor=view, scale=1.0, heads=heads
+    )
 
 
 def _operator_site(reading: Reading, node: Node, axes: Axes, heads: int, found: "_Operands", size: Expr) -> Attention:
-    if node.input(4) or node.input(5) or node.input(6) or any(reading.graph.users.get(extra) for extra in node.outputs[1:]):
+    if (
+        node.input(4)
+        or node.input(5)
+        or node.input(6)
+        or any(reading.graph.users.get(extra) for extra in node.outputs[1:])
+    ):
         raise NotReadable("cache", "the operator keeps a key-value cache or returns its scores")
     if node.attrs.get("dropout"):
         raise NotReadable("dropout", "the operator drops weights at random: the model was exported in training mode")
@@ -116,7 +157,9 @@ def _operator_site(reading: Reading, node: Node, axes: Axes, heads: int, found: 
     )  # fmt: skip
 
 
-def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor | None) -> tuple[Expr, str, Expr | None, MaskedRows]:
+def _operator_mask(
+    reading: Reading, node: Node, axes: Axes, mask: IndexTensor | None
+) -> tuple[Expr, str, Expr | None, MaskedRows]:
     distance = sub(axes.key, axes.query)
     visible = le(distance, integer(0)) if node.attrs.get("is_causal") else TRUE
     form = "is_causal" if node.attrs.get("is_causal") else "none"
@@ -127,13 +170,20 @@ def _operator_mask(reading: Reading, node: Node, axes: Axes, mask: IndexTensor |
     if mask is None:
         return visible, form, None, MaskedRows.ZERO
     reading.sizes.broadcast(mask.shape, (axes.batch.args[0], integer(1), axes.queries, axes.keys)[-mask.rank :])
-    element = reading.sizes.resolve(mask.at(*broadcast_index((axes.batch, axes.head, axes.query, axes.key), mask.shape)))
+    element = reading.sizes.resolve(
+        mask.at(*broadcast_index((axes.batch, axes.head, axes.query, axes.key), mask.shape))
+    )
     if element.sort is Sort.BOOL:
         return and_(visible, element), "bool mask operand", None, MaskedRows.ZERO
     found_cases = cases(element, score="")
     split = _split(found_cases, mask.dtype, mask.dtype, scored=False)
     finite = any(-inf < case.logit.constant < 0 for case in found_cases)
-    return and_(visible, split.visible), "float mask operand", split.bias, MaskedRows.UNIFORM if finite else MaskedRows.ZERO
+    return (
+        and_(visible, split.visible),
+        "float mask operand",
+        split.bias,
+        MaskedRows.UNIFORM if finite else MaskedRows.ZERO,
+    )
 
 
 # -------------------------------------------------------------------------------------- 2. softmax between matmuls
@@ -163,7 +213,9 @@ def _softmax(reading: Reading, node: Node) -> Attention | None:
 
 def _between_products(graph: Graph, node: Node) -> bool:
     """Whether a softmax stands between two products of run-time data, so that it is an attention of some form and not a router or a head."""
-    above = _nearest_products(graph, node.inputs[0], lambda value: [graph.producers[value]] if value in graph.producers else [], upwards=True)
+    above = _nearest_products(
+        graph, node.inputs[0], lambda value: [graph.producers[value]] if value in graph.producers else [], upwards=True
+    )
     below = _nearest_products(graph, node.outputs[0], lambda value: graph.users.get(value, ()), upwards=False)
     return above and below
 
@@ -186,7 +238,13 @@ def _nearest_products(graph: Graph, value: str, neighbours: Callable[[str], Sequ
 
 def _is_run_time(graph: Graph, value: str) -> bool:
     """Whether a value is not just a stored weight in some view."""
-    while value in graph.producers and graph.producers[value].op in ("transpose", "reshape", "identity", "cast", "unsqueeze"):
+    while value in graph.producers and graph.producers[value].op in (
+        "transpose",
+        "reshape",
+        "identity",
+        "cast",
+        "unsqueeze",
+    ):
         value = graph.producers[value].inputs[0]
     return value not in graph.constants
 
@@ -203,7 +261,17 @@ def _weighted_sum(graph: Graph, node: Node) -> tuple[Node, bool] | None:
         replaces_nan = replaces_nan or len(passing) < len(users) or user.op == "where"
         if user.op == "matmul":
             return (user, replaces_nan) if user.inputs[0] == value else None
-        if user.op not in ("cast", "identity", "where", "slice", "reshape", "expand", "squeeze", "unsqueeze", "transpose"):
+        if user.op not in (
+            "cast",
+            "identity",
+            "where",
+            "slice",
+            "reshape",
+            "expand",
+            "squeeze",
+            "unsqueeze",
+            "transpose",
+        ):
             return None
         value = user.outputs[0]
 
@@ -215,11 +283,15 @@ def _score(reading: Reading, logits: IndexTensor) -> Node | None:
     products = [reading.graph.producers[name] for name in names if name in reading.graph.producers]
     products = [product for product in products if product.op == "matmul"]
     if len(products) > 1:
-        raise NotReadable("several-products", f"the softmax takes a sum of {len(products)} matmuls, expected one query-key product")
+        raise NotReadable(
+            "several-products", f"the softmax takes a sum of {len(products)} matmuls, expected one query-key product"
+        )
     return products[0] if products else None
 
 
-def _between(reading: Reading, node: Node, logits: IndexTensor, score: Node, weighted: Node, replaces_nan: bool) -> Attention:
+def _between(
+    reading: Reading, node: Node, logits: IndexTensor, score: Node, weighted: Node, replaces_nan: bool
+) -> Attention:
     product = reading.tensors[score.outputs[0]]
     ops = reading.operands(score)
     if product.rank not in (3, 4):
@@ -232,13 +304,25 @@ def _between(reading: Reading, node: Node, logits: IndexTensor, score: Node, wei
     depth = index("d", ops.tensor(0).shape[-1])
     value_tensor = reading.operands(weighted).tensor(1)
     weights = reading.operands(weighted).tensor(0)
-    weight_lead = lead if weights.rank == len(lead) + 2 else _merged(axes, heads) if weights.rank == 3 else (axes.batch, axes.head)
+    weight_lead = (
+        lead
+        if weights.rank == len(lead) + 2
+        else _merged(axes, heads)
+        if weights.rank == 3
+        else (axes.batch, axes.head)
+    )
     _check_weights(reading, node, weights, (*weight_lead, axes.query, axes.key), here)
     value_size = index("v", value_tensor.shape[-1])
     found = _Operands(
-        query=_operand(reading, axes, ops.tensor(0).name, _matmul_index(at_score[:-2], ops.tensor(0), at_score[-2], depth), "query"),
-        key=_operand(reading, axes, ops.tensor(1).name, _matmul_index(at_score[:-2], ops.tensor(1), depth, at_score[-1]), "key"),
-        value=_operand(reading, axes, value_tensor.name, _matmul_index(weight_lead, value_tensor, axes.key, value_size), "value"),
+        query=_operand(
+            reading, axes, ops.tensor(0).name, _matmul_index(at_score[:-2], ops.tensor(0), at_score[-2], depth), "query"
+        ),
+        key=_operand(
+            reading, axes, ops.tensor(1).name, _matmul_index(at_score[:-2], ops.tensor(1), depth, at_score[-1]), "key"
+        ),
+        value=_operand(
+            reading, axes, value_tensor.name, _matmul_index(weight_lead, value_tensor, axes.key, value_size), "value"
+        ),
     )
     return _attention(
         reading, node, form="softmax", mask_form=_mask_form(found_cases), found=found, axes=axes, heads=heads, output=weighted.outputs[0],
@@ -355,7 +439,9 @@ def _without_row_terms(reading: Reading, found: tuple[Case, ...], axes: Axes) ->
     def is_row_maximum(term: Expr) -> bool:
         data = [node for node in walk(term) if node.op is Op.APPLY]
         producers = [reading.graph.producers.get(node.name) for node in data]
-        return axes.key not in walk(term) and all(producer is not None and producer.op == "reduce_max" for producer in producers)
+        return axes.key not in walk(term) and all(
+            producer is not None and producer.op == "reduce_max" for producer in producers
+        )
 
     def kept(logit: Logit) -> Logit:
         terms = tuple(term for term in logit.terms if not is_row_maximum(term))
@@ -370,7 +456,9 @@ def _sinks(reading: Reading, logits: IndexTensor, lead: Index, axes: Axes) -> st
     if width == integer(0):
         return None
     if width != ONE:
-        raise NotReadable("extra-columns", f"the softmax is {width} columns wider than the product, expected 0 or 1 (a sink)")
+        raise NotReadable(
+            "extra-columns", f"the softmax is {width} columns wider than the product, expected 0 or 1 (a sink)"
+        )
     column = reading.sizes.resolve(logits.at(*lead, axes.query, axes.keys))
     case, *more = _without_row_terms(reading, cases(column, score=""), axes)
     if more:
@@ -492,7 +580,10 @@ def _operand(reading: Reading, axes: Axes, value: str, indices: Index, role: str
                 operand=Operand(value=source.value, layout=layout), tensor=tensor, scale=source.scale, heads=heads or 0
             )
     if not best:
-        raise NotReadable("operand-layout", f"the {role} is not read in the order (batch, heads, sequence, size) or (batch, sequence, heads, size)")
+        raise NotReadable(
+            "operand-layout",
+            f"the {role} is not read in the order (batch, heads, sequence, size) or (batch, sequence, heads, size)",
+        )
     return best.get(Layout.BHSD) or best[Layout.BSHD]
 
 
@@ -518,7 +609,7 @@ def _same_place(found: Expr, expected: Expr) -> bool:
     return found == expected or (found == ZERO and expected.op is Op.SYMBOL and expected.args == (ONE,))
 
 
-def _attention(  # noqa: PLR0913
+def _attention(
     reading: Reading, node: Node, *, form: str, mask_form: str, found: _Operands, axes: Axes, heads: int, output: str, merged: bool,
     visible: Expr, zeroed: Expr, scale: float, softcap: float | None, sinks: str | float | None, masked_rows: MaskedRows,
     bias: Expr | None,
@@ -531,14 +622,18 @@ def _attention(  # noqa: PLR0913
     if len(dtypes) != 1:
         raise NotReadable("mixed-dtypes", f"query, key and value have data types {sorted(dtypes)}, expected one")
     resolve = reading.sizes.resolve
-    known = {extent: nonempty(extent) for extent in (axes.batch.args[0], axes.queries, axes.keys)}  # for a cell to exist
+    known = {
+        extent: nonempty(extent) for extent in (axes.batch.args[0], axes.queries, axes.keys)
+    }  # for a cell to exist
 
     def refined(formula: Expr) -> Expr:
         return substitute_sizes(resolve(formula), known)
 
     assumed = reading.assumptions(known)
     given = and_(*(eq(gone, stays) for gone, stays in assumed))
-    axes = Axes(batch=refined(axes.batch), head=axes.head, query=refined(axes.query), key=refined(axes.key), given=given)
+    axes = Axes(
+        batch=refined(axes.batch), head=axes.head, query=refined(axes.query), key=refined(axes.key), given=given
+    )
     visible = with_indices_for_positions(refined(visible), axes, reading, known)
     return Attention(
         node=node.name, form=form, mask_form=mask_form, query=found.query.operand, key=found.key.operand, value=found.value.operand, output=output,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from swacompile.index_expr import Expr, Op, Sort, round_number, wrap_number
+from swacompile.index_expr import Expr, Op, Sort, round_number, sum_parts, wrap_number, wrap_parts
 
 Number = int | bool | np.ndarray
 Lookup = Callable[[Expr, list[Number]], Number]
@@ -34,7 +34,7 @@ def _apply(node: Expr, args: list[Number], lookup: Lookup | None) -> Number:
         case Op.CONST if node.sort is not Sort.REAL:
             return node.value  # type: ignore[return-value]
         case Op.SUM:
-            constant, coefficients = node.value  # type: ignore[misc]
+            constant, coefficients = sum_parts(node)
             return sum((c * arg for c, arg in zip(coefficients, args, strict=True)), constant)
         case Op.PRODUCT:
             product: Number = 1
@@ -46,11 +46,12 @@ def _apply(node: Expr, args: list[Number], lookup: Lookup | None) -> Number:
         case Op.MOD:
             return args[0] % args[1]
         case Op.WRAP:
-            bits, signed = node.value  # type: ignore[misc]
+            bits, signed = wrap_parts(node)
             return wrap_number(args[0], bits, signed)  # type: ignore[arg-type]
         case Op.ROUND:
             if isinstance(args[0], np.ndarray):
-                return np.vectorize(round_number, otypes=[object])(args[0], node.value)
+                rounded: np.ndarray = np.vectorize(round_number, otypes=[object])(args[0], node.value)
+                return rounded
             return round_number(int(args[0]), node.value)  # type: ignore[arg-type]
         case Op.LE0:
             return args[0] <= 0

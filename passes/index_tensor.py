@@ -6,8 +6,33 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from swacompile.graph import FLOATS
-from swacompile.index_expr import ONE, ZERO, Expr, Index, Op, Sort, add, apply, at_least, const_int, index, integer, ite, le, maximum, minimum
-from swacompile.index_expr import neg, real, rounded, sub, substitute_atom, to_real, transform, walk, wrap
+from swacompile.index_expr import (
+    ONE,
+    ZERO,
+    Expr,
+    Index,
+    Op,
+    Sort,
+    add,
+    apply,
+    at_least,
+    const_int,
+    index,
+    integer,
+    ite,
+    le,
+    maximum,
+    minimum,
+    neg,
+    real,
+    rounded,
+    sub,
+    substitute_atom,
+    to_real,
+    transform,
+    walk,
+    wrap,
+)
 
 MAX_DEPTH = 200  # A mask needs a few dozen operations; past this the element is run-time data.
 
@@ -141,7 +166,9 @@ class Sizes:
         if (const_int(a) is not None) and (const_int(b) is not None):
             raise Unreadable(f"axes of extent {a} and {b} do not broadcast")
         if any(node.op is Op.APPLY for extent in (a, b) for node in walk(extent)):
-            return b if any(node.op is Op.APPLY for node in walk(a)) else a  # a size that only data tells says nothing of others
+            return (
+                b if any(node.op is Op.APPLY for node in walk(a)) else a
+            )  # a size that only data tells says nothing of others
         gone, stays = self._order(a, b)
         self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
         return self.resolve(a)
@@ -184,6 +211,7 @@ def equality_text(gone: Expr, stays: Expr) -> str:
 
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:
     """Replace sizes everywhere, also in the extents that bound indices."""
+
     def replace(node: Expr) -> Expr | None:
         if node in sizes:
             return sizes[node]
@@ -222,4 +250,3 @@ def clamp(position: Expr, extent: Expr) -> Expr:
 def wrapped(position: Expr, extent: Expr) -> Expr:
     """An index as gather reads it: negative ones count from the end."""
     return position if at_least(position, 0) else ite(le(ZERO, position), position, add(position, extent))
-

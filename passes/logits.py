@@ -75,7 +75,7 @@ def _cases(expr: Expr, score: str) -> list[Case]:
             return _paired(expr, score, _sum)
         case Op.REAL_MUL:
             return _paired(expr, score, _product)
-        case Op.REAL_DIV if (divisor := const_real(expr.args[1])):
+        case Op.REAL_DIV if divisor := const_real(expr.args[1]):
             return [replace(case, logit=_times(case.logit, 1 / divisor)) for case in _cases(expr.args[0], score)]
         case Op.TANH:
             return [replace(case, logit=_tanh(case.logit)) for case in _cases(expr.args[0], score)]

@@ -30,9 +30,13 @@ def moved_band(visible: Expr, axes: Axes) -> Verdict | None:
     if band is None:
         return None
     back = {stand_in: position}
-    residuals = tuple(replace(r, condition=substitute(r.condition, back), data=substitute(r.data, back)) for r in residuals)
+    residuals = tuple(
+        replace(r, condition=substitute(r.condition, back), data=substitute(r.data, back)) for r in residuals
+    )
     try:
-        witness = always_equal(visible, and_(claim_of(band, axes, position), *(residual.condition for residual in residuals)), axes)
+        witness = always_equal(
+            visible, and_(claim_of(band, axes, position), *(residual.condition for residual in residuals)), axes
+        )
     except (Undecided, Untranslatable):
         return None
     if witness is not None or any(residual.kind is ResidualKind.SEGMENTS for residual in residuals):
@@ -55,7 +59,11 @@ def at_every_position(visible: Expr, axes: Axes) -> tuple[Expr, Axes] | None:
 def _positions(visible: Expr, axes: Axes) -> list[Expr]:
     """Single integers of run-time data in the mask."""
     indices = {axes.batch, axes.head, axes.query, axes.key}
-    data = (node for node in walk(visible) if node.op is Op.APPLY and node.sort is Sort.INT and not node.name.startswith(PREFIX))
+    data = (
+        node
+        for node in walk(visible)
+        if node.op is Op.APPLY and node.sort is Sort.INT and not node.name.startswith(PREFIX)
+    )
     return [node for node in data if not indices & set(walk(node))]
 
 

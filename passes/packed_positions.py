@@ -9,7 +9,25 @@ from collections.abc import Iterator
 
 from swacompile.attention import Axes, Residual, ResidualKind
 from swacompile.band import Alignment
-from swacompile.index_expr import ONE, ZERO, Expr, NotInteger, Op, Sort, add, and_, eq, index, le, not_, or_, sub, substitute, to_integer, walk
+from swacompile.index_expr import (
+    ONE,
+    ZERO,
+    Expr,
+    NotInteger,
+    Op,
+    Sort,
+    add,
+    and_,
+    eq,
+    index,
+    le,
+    not_,
+    or_,
+    sub,
+    substitute,
+    to_integer,
+    walk,
+)
 from swacompile.passes.index_tensor import Unreadable, substitute_sizes
 from swacompile.passes.read_masks import Reading
 from swacompile.passes.residuals import factor_out, offset_of

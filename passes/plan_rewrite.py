@@ -50,29 +50,58 @@ def _plan(reading: Reading, finding: Finding, full: bool, dtypes: tuple[str, ...
         return proof
     assert site is not None
     if proof.kind is Kind.FULL and not full:
-        return _refused(site, proof, "full", "full attention has no window: nothing to gain (use --global to replace it all the same)")
+        return _refused(
+            site,
+            proof,
+            "full",
+            "full attention has no window: nothing to gain (use --global to replace it all the same)",
+        )
     mask = proof.mask
     if any(bound is not None and bound < 0 for bound in (mask.left, mask.right)):
-        return _refused(site, proof, "negative-bound", f"the band {mask} excludes the query's own position, which the operator cannot say")
+        return _refused(
+            site,
+            proof,
+            "negative-bound",
+            f"the band {mask} excludes the query's own position, which the operator cannot say",
+        )
     if site.dtype not in dtypes:
         return _refused(site, proof, "dtype", f"expected {' or '.join(dtypes)} operands, found {site.dtype}")
     if reading.tensors[site.output].dtype != site.dtype:
-        return _refused(site, proof, "dtype", f"the output is {reading.tensors[site.output].dtype}, its operands are {site.dtype}")
+        return _refused(
+            site, proof, "dtype", f"the output is {reading.tensors[site.output].dtype}, its operands are {site.dtype}"
+        )
     if site.head_size is None or site.value_head_size is None:
         return _refused(site, proof, "head-size", "the head size is known only at run time")
     if any(operand.flat for operand in (site.query, site.key, site.value)):
         return _refused(site, proof, "rank", "query, key and value are 3-D, expected an axis for the heads")
     if "keys >= queries" in proof.valid_for:
-        return _refused(site, proof, "guarded", "the proof holds only where there are at least as many keys as queries, which a rewrite cannot check")
+        return _refused(
+            site,
+            proof,
+            "guarded",
+            "the proof holds only where there are at least as many keys as queries, which a rewrite cannot check",
+        )
     operands: dict[ResidualKind, RunTimeOperand] = {}
     for residual in proof.residuals:
         if residual.kind in (ResidualKind.BIAS, ResidualKind.ALIBI):
-            return _refused(site, proof, str(residual.kind), f"{_ADDED[residual.kind]} is added to the scores beside the band {mask}: {residual.data}")
+            return _refused(
+                site,
+                proof,
+                str(residual.kind),
+                f"{_ADDED[residual.kind]} is added to the scores beside the band {mask}: {residual.data}",
+            )
         if residual.kind is ResidualKind.OFFSET:
-            return _refused(site, proof, "offset", f"the band {mask} counts from a position known only at run time: {residual.data}")
+            return _refused(
+                site, proof, "offset", f"the band {mask} counts from a position known only at run time: {residual.data}"
+            )
         operand = _operand(reading, site, residual)
         if operand is None or residual.kind in operands:
-            return _refused(site, proof, "residual", f"the mask's factor {residual.condition} is no value of shape (batch, keys) in the model")
+            return _refused(
+                site,
+                proof,
+                "residual",
+                f"the mask's factor {residual.condition} is no value of shape (batch, keys) in the model",
+            )
         operands[residual.kind] = operand
     return Replacement(
         site=site, proof=proof,
@@ -107,7 +136,10 @@ def _fits(reading: Reading, name: str, site: Attention) -> bool:
     extents = reading.extents(name)
     if extents is None or len(extents) != 2:
         return False
-    return all(found != ONE or wanted == ONE for found, wanted in zip(extents, (site.axes.batch.args[0], site.axes.keys), strict=True))
+    return all(
+        found != ONE or wanted == ONE
+        for found, wanted in zip(extents, (site.axes.batch.args[0], site.axes.keys), strict=True)
+    )
 
 
 def _nonzero_of(data: Expr) -> Expr | None:

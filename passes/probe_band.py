@@ -29,7 +29,9 @@ def candidate_bands(mask: Expr, axes: Axes) -> Iterator[BandMask]:
         left, right = probe.reach(distances, sign=-1), probe.reach(distances, sign=1)
         if left is not None and right is not None and left + right >= 0:
             at_last = alone and alignment is Alignment.BOTTOM_RIGHT and left >= 0
-            right = 0 if at_last and right >= FAR else right  # no key lies to the right of the last query: causal says it best
+            right = (
+                0 if at_last and right >= FAR else right
+            )  # no key lies to the right of the last query: causal says it best
             yield BandMask(left=_bound(left), right=_bound(right), alignment=alignment)
         if sub(axes.queries, axes.keys) == integer(0):
             return

@@ -15,8 +15,28 @@ from dataclasses import dataclass, field, replace
 
 from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
-from swacompile.index_expr import FALSE, MAX_SIZE, TRUE, Expr, NotInteger, Op, and_, const_int, eq, ideal, integer, le, not_, or_, real, real_mul, sub
-from swacompile.index_expr import substitute, to_integer, walk
+from swacompile.index_expr import (
+    FALSE,
+    MAX_SIZE,
+    TRUE,
+    Expr,
+    NotInteger,
+    Op,
+    and_,
+    const_int,
+    eq,
+    ideal,
+    integer,
+    le,
+    not_,
+    or_,
+    real,
+    real_mul,
+    sub,
+    substitute,
+    to_integer,
+    walk,
+)
 from swacompile.passes.arrays import PREFIX, ArrayReader
 from swacompile.passes.classify_mask import Pattern, patterns
 from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
@@ -49,7 +69,12 @@ class Prover:
         verdict = self._known[key]
         if verdict.mask is None or verdict.code:
             return Refutation(
-                code=verdict.code, reason=verdict.reason, node=site.node, kind=verdict.kind, band=verdict.mask, witness=verdict.witness
+                code=verdict.code,
+                reason=verdict.reason,
+                node=site.node,
+                kind=verdict.kind,
+                band=verdict.mask,
+                witness=verdict.witness,
             )
         return BandProof(
             mask=verdict.mask, residuals=verdict.residuals, method=verdict.method, kind=verdict.kind,
@@ -58,7 +83,9 @@ class Prover:
 
     def _verdict(self, site: Attention) -> Verdict:
         if not is_possible(site.axes.given):
-            return Verdict(code="sizes", reason=f"the sizes of the model's axes contradict one another: {site.axes.given}")
+            return Verdict(
+                code="sizes", reason=f"the sizes of the model's axes contradict one another: {site.axes.given}"
+            )
         added = () if site.bias is None else (_added(site.bias, site.visible, site.axes),)
         if site.zeroed != FALSE:
             return self._zeroed(site, added)
@@ -92,21 +119,28 @@ class Prover:
             counts = self._all_shown(others, site.axes)
         else:
             verdict = _prove_formula(site.visible, rest, counted, (), site.axes)
-            counts = _always(or_(site.visible, site.zeroed), and_(*(residual.condition for residual in counted)), site.axes)
+            counts = _always(
+                or_(site.visible, site.zeroed), and_(*(residual.condition for residual in counted)), site.axes
+            )
         if verdict.code:
             return Verdict(code=verdict.code, kind=Kind.ZEROED, mask=verdict.mask, witness=verdict.witness,
                             reason=f"scores are multiplied by zero where they are masked, and {verdict.reason}")  # fmt: skip
         if not counts:
             return Verdict(code="zeroed", kind=Kind.ZEROED, mask=verdict.mask, reason=f"scores outside the band {verdict.mask} are multiplied "
                             "by zero, and others are hidden for their position: the operator can do only one of the two")  # fmt: skip
-        return Verdict(mask=verdict.mask, residuals=counted, method=verdict.method, valid_for=verdict.valid_for, kind=Kind.ZEROED)
-
+        return Verdict(
+            mask=verdict.mask, residuals=counted, method=verdict.method, valid_for=verdict.valid_for, kind=Kind.ZEROED
+        )
 
 
 def _added(bias: Expr, visible: Expr, axes: Axes) -> Residual:
     """The additive term by its name: a slope a head times the distance, or any bias."""
     slope = slope_of(bias, visible, axes)
-    return Residual(kind=ResidualKind.BIAS if slope is None else ResidualKind.ALIBI, condition=TRUE, data=bias if slope is None else slope)
+    return Residual(
+        kind=ResidualKind.BIAS if slope is None else ResidualKind.ALIBI,
+        condition=TRUE,
+        data=bias if slope is None else slope,
+    )
 
 
 def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
@@ -143,7 +177,9 @@ def _other_kind_at_a_position(site: Attention) -> Verdict | None:
 # ------------------------------------------------------------------------------------------------------- 3. the claim
 
 
-def _prove_formula(visible: Expr, rest: Expr, residuals: tuple[Residual, ...], added: tuple[Residual, ...], axes: Axes) -> Verdict:
+def _prove_formula(
+    visible: Expr, rest: Expr, residuals: tuple[Residual, ...], added: tuple[Residual, ...], axes: Axes
+) -> Verdict:
     """The verdict on `visible`, which is `rest` and the residuals; `added` are terms that come to visible scores."""
     data = run_time_data(rest)
     bands = [] if data else [_with_labels(band, residuals) for band in candidate_bands(rest, axes)]
@@ -154,7 +190,9 @@ def _prove_formula(visible: Expr, rest: Expr, residuals: tuple[Residual, ...], a
             if held is not None:
                 kind = Kind.FULL if band.is_full else Kind.SLIDING
                 valid_for = (*_fixed_sizes(axes), *held)
-                return _placed(Verdict(mask=band, residuals=residuals, method="smt", valid_for=valid_for, kind=kind), added, axes)
+                return _placed(
+                    Verdict(mask=band, residuals=residuals, method="smt", valid_for=valid_for, kind=kind), added, axes
+                )
         return _refuted(visible, rest, factors, data, bands, axes)
     except (Undecided, Untranslatable) as error:
         return Verdict(code="undecided", reason=f"the solver could not decide the mask: {error}")
@@ -219,10 +257,19 @@ def _refuted(visible: Expr, rest: Expr, factors: Expr, data: set[str], bands: li
         witness = always_equal(visible, and_(claim_of(pattern.band, axes), factors), axes)
         if witness is not None:
             reason = f"expected a band, found {pattern.words}: the mask differs from the band {pattern.band}"
-            return Verdict(code=pattern.kind.replace("_", "-"), kind=pattern.kind, mask=pattern.band, witness=witness, reason=reason)
+            return Verdict(
+                code=pattern.kind.replace("_", "-"),
+                kind=pattern.kind,
+                mask=pattern.band,
+                witness=witness,
+                reason=reason,
+            )
     if data:
         names = ", ".join(sorted(data))
-        return Verdict(code="data-dependent", reason=f"the mask depends on run-time data that is neither key padding nor a segment: {names}")
+        return Verdict(
+            code="data-dependent",
+            reason=f"the mask depends on run-time data that is neither key padding nor a segment: {names}",
+        )
     if (apart := _bands_of_heads(rest, axes)) is not None:
         return apart
     if (overflow := _overflow(visible, factors, bands, axes)) is not None:
@@ -250,7 +297,9 @@ def _bands_of_heads(rest: Expr, axes: Axes) -> Verdict | None:
     found: dict[BandMask, int] = {}
     for head in range(heads):
         of_head = substitute(rest, {axes.head: integer(head)})
-        bands = (band for band in candidate_bands(of_head, axes) if _holds(of_head, claim_of(band, axes), axes) is not None)
+        bands = (
+            band for band in candidate_bands(of_head, axes) if _holds(of_head, claim_of(band, axes), axes) is not None
+        )
         band = next(bands, None)
         if band is None:
             return None

@@ -71,7 +71,12 @@ def _add_node(reading: Reading, node: Node) -> None:
         dtype = _dtype(node, reading)
         data = _data(first, sort_of(dtype))
         reading.tensors[first] = IndexTensor(
-            name=first, dtype=dtype, shape=meaning.shape, read=meaning.read or data, opaque=meaning.read is None, depth=reading.depth
+            name=first,
+            dtype=dtype,
+            shape=meaning.shape,
+            read=meaning.read or data,
+            opaque=meaning.read is None,
+            depth=reading.depth,
         )
     for name in others:
         known = reading.graph.types.get(name)
@@ -86,7 +91,9 @@ def _add_data(reading: Reading, name: str, known: TensorType | None) -> None:
         return
     shape = tuple(size(f"{name}.{axis}") if dim is None else dim for axis, dim in enumerate(known.dims))
     read = _data(name, sort_of(known.dtype))
-    reading.tensors[name] = IndexTensor(name=name, dtype=known.dtype, shape=shape, read=read, opaque=True, depth=reading.depth)
+    reading.tensors[name] = IndexTensor(
+        name=name, dtype=known.dtype, shape=shape, read=read, opaque=True, depth=reading.depth
+    )
 
 
 def _data(name: str, sort: Sort) -> Callable[[Index], Expr]:
@@ -119,4 +126,3 @@ def _dtype(node: Node, reading: Reading) -> str:
     position = 1 if node.op in ("where", "full") else 0
     operand = reading.tensors.get(node.input(position))
     return operand.dtype if operand else "float32"
-

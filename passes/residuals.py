@@ -37,7 +37,9 @@ def offset_of(alignment: Alignment, axes: Axes) -> Expr:
 
 def _run_time_literals(expr: Expr) -> Iterator[Expr]:
     """Comparisons and conditions that read run-time data, in a stable order."""
-    found = {node for node in walk(expr) if node.op in (Op.LE0, Op.EQ0) or (node.op is Op.APPLY and node.sort is Sort.BOOL)}
+    found = {
+        node for node in walk(expr) if node.op in (Op.LE0, Op.EQ0) or (node.op is Op.APPLY and node.sort is Sort.BOOL)
+    }
     yield from sorted((node for node in found if _is_run_time(node)), key=lambda node: node.digest)
 
 

@@ -5,7 +5,20 @@ from dataclasses import dataclass, field
 import z3
 
 from swacompile.attention import Axes, Witness
-from swacompile.index_expr import LARGEST_HALF, MAX_SIZE, TRUE, Expr, Op, Sort, divides_safely, not_, walk, wrapped_range
+from swacompile.index_expr import (
+    LARGEST_HALF,
+    MAX_SIZE,
+    TRUE,
+    Expr,
+    Op,
+    Sort,
+    divides_safely,
+    not_,
+    sum_parts,
+    walk,
+    wrap_parts,
+    wrapped_range,
+)
 
 TIMEOUT_MS = 10_000
 
@@ -45,7 +58,7 @@ class Translation:
             case Op.CONST if expr.sort is Sort.BOOL:
                 return z3.BoolVal(expr.value)
             case Op.SUM:
-                constant, coefficients = expr.value  # type: ignore[misc]
+                constant, coefficients = sum_parts(expr)
                 return z3.Sum([z3.IntVal(constant), *(c * arg for c, arg in zip(coefficients, args, strict=True))])
             case Op.PRODUCT:
                 return z3.Product(args)
@@ -55,7 +68,7 @@ class Translation:
             case Op.FLOORDIV | Op.MOD:
                 raise Untranslatable(f"a division by {expr.args[1]}, which may be 0 or negative")
             case Op.WRAP:
-                bits, signed = expr.value  # type: ignore[misc]
+                bits, signed = wrap_parts(expr)
                 lowest, highest = wrapped_range(bits, signed)
                 wrapped = (args[0] - lowest) % (1 << bits) + lowest
                 return z3.If(z3.And(lowest <= args[0], args[0] <= highest), args[0], wrapped)
@@ -80,7 +93,9 @@ class Translation:
         raise Untranslatable(f"{expr.op} of real numbers in the mask's condition: {expr}")
 
     def _symbol(self, symbol: Expr) -> z3.ExprRef:
-        constant = self.constants[symbol] = z3.Int(f"index {symbol.digest.hex()}" if symbol.args else f"size {symbol.name}")
+        constant = self.constants[symbol] = z3.Int(
+            f"index {symbol.digest.hex()}" if symbol.args else f"size {symbol.name}"
+        )
         self.bounds.append(constant >= 0)
         if symbol.args:
             self.bounds.append(constant < self(symbol.args[0]))
@@ -152,7 +167,7 @@ def is_valid(condition: Expr) -> bool:
 
 def is_possible(condition: Expr) -> bool:
     """Whether a condition on sizes holds for some of them. True also where the solver cannot tell."""
-    return condition.is_const and bool(condition.value) or not is_valid(not_(condition))
+    return (condition.is_const and bool(condition.value)) or not is_valid(not_(condition))
 
 
 def uses_data(expr: Expr) -> bool:

@@ -75,10 +75,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         document = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: expected a folder written by `swacompile compile`, found no readable {MANIFEST} ({error}).") from error
+        raise ArtifactError(
+            f"{folder}: expected a folder written by `swacompile compile`, found no readable {MANIFEST} ({error})."
+        ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{folder}: expected format version {FORMAT_VERSION}, found {version}. Compile the model again with this version.")
+        raise ArtifactError(
+            f"{folder}: expected format version {FORMAT_VERSION}, found {version}. Compile the model again with this version."
+        )
     return dict(document)
 
 
@@ -91,7 +95,9 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     if out.exists() and not force:
         raise OutputError(f"{out}: expected a path that does not exist yet. Give another, or --force to replace it.")
     if out.exists() and not (out / MANIFEST).is_file():
-        raise OutputError(f"{out}: expected a compiled folder to replace, found something else. It is left alone; give another path.")
+        raise OutputError(
+            f"{out}: expected a compiled folder to replace, found something else. It is left alone; give another path."
+        )
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist. Create it first.")
     try:
@@ -105,7 +111,9 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     except Abandoned:
         return
     except OSError as error:
-        raise OutputError(f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path.") from error
+        raise OutputError(
+            f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path."
+        ) from error
 
 
 class CompiledModel:
@@ -114,13 +122,17 @@ class CompiledModel:
     def __init__(self, folder: Path, session: "onnxruntime.InferenceSession", manifest: Mapping[str, Any]) -> None:
         self.folder, self.session, self.manifest = folder, session, manifest
 
-    def run(self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    def run(
+        self, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name, all of them unless `outputs` chooses."""
         names = list(outputs) if outputs is not None else [output.name for output in self.session.get_outputs()]
         return dict(zip(names, (np.asarray(value) for value in self.session.run(names, dict(inputs))), strict=True))
 
 
-def load(folder: str | Path, session_options: "onnxruntime.SessionOptions | None" = None) -> "CompiledModel | CompiledProgram":
+def load(
+    folder: str | Path, session_options: "onnxruntime.SessionOptions | None" = None
+) -> "CompiledModel | CompiledProgram":
     """Open a folder written by `swacompile compile`: of an ONNX model a CompiledModel, of a torch program a CompiledProgram.
 
     TVM is not needed. Raises ArtifactError where a file is missing or not the one that was compiled.
@@ -139,7 +151,9 @@ def load(folder: str | Path, session_options: "onnxruntime.SessionOptions | None
     return _open_session(folder, manifest, session_options)
 
 
-def _open_session(folder: Path, manifest: Mapping[str, Any], session_options: "onnxruntime.SessionOptions | None") -> CompiledModel:
+def _open_session(
+    folder: Path, manifest: Mapping[str, Any], session_options: "onnxruntime.SessionOptions | None"
+) -> CompiledModel:
     import onnxruntime
 
     from swacompile.runtime.ort_library import register
@@ -151,4 +165,15 @@ def _open_session(folder: Path, manifest: Mapping[str, Any], session_options: "o
     return CompiledModel(folder, session, manifest)
 
 
-__all__ = ["LIBRARY", "MODEL", "CompiledModel", "Manifest", "file_hash", "load", "new_folder", "read_manifest", "versions", "write_manifest"]
+__all__ = [
+    "LIBRARY",
+    "MODEL",
+    "CompiledModel",
+    "Manifest",
+    "file_hash",
+    "load",
+    "new_folder",
+    "read_manifest",
+    "versions",
+    "write_manifest",
+]

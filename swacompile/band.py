@@ -101,9 +101,19 @@ def _onnx_attention(band: BandMask) -> str | None:
 
 
 DIALECTS = (
-    Dialect(name="hf", source="transformers masking_utils: k > q - W and k <= q, or abs(q - k) <= W", spell=_hugging_face),
-    Dialect(name="flash_attention", source="flash_attn window_size: left and right inclusive, -1 unbounded", spell=_flash_attention),
-    Dialect(name="ort", source="com.microsoft.GroupQueryAttention local_window_size: W keys with the query's own", spell=_ort_gqa),
+    Dialect(
+        name="hf", source="transformers masking_utils: k > q - W and k <= q, or abs(q - k) <= W", spell=_hugging_face
+    ),
+    Dialect(
+        name="flash_attention",
+        source="flash_attn window_size: left and right inclusive, -1 unbounded",
+        spell=_flash_attention,
+    ),
+    Dialect(
+        name="ort",
+        source="com.microsoft.GroupQueryAttention local_window_size: W keys with the query's own",
+        spell=_ort_gqa,
+    ),
     Dialect(name="onnx", source="ONNX Attention-25: inclusive, -1 unbounded", spell=_onnx_attention),
 )
 

@@ -20,12 +20,19 @@ from swacompile.tuning.database import Database
 NOTHING_DONE = 1
 BAD_INPUT = 2
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False
+)
 WIDE = 150  # columns where stdout is a file or a pipe
 
 out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An exported model: .onnx (weights inside or in external data files), or .pt2.")]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="An exported model: .onnx (weights inside or in external data files), or .pt2."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print a JSON document instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 Global = Annotated[bool, typer.Option("--global", help="Replace attention without a window too.")]
@@ -61,7 +68,12 @@ def inspect(model: Model, as_document: Json = False) -> None:
 def rewrite(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The model to write.")],
-    emit: Annotated[Emit, typer.Option(help="What to put in: our operator with a portable body, the standard Attention, or ORT's GroupQueryAttention.")] = Emit.BANDED,
+    emit: Annotated[
+        Emit,
+        typer.Option(
+            help="What to put in: our operator with a portable body, the standard Attention, or ORT's GroupQueryAttention."
+        ),
+    ] = Emit.BANDED,
     full: Global = False,
     force: Force = False,
     as_document: Json = False,
@@ -76,9 +88,17 @@ def rewrite(
         _print_json(_rewrite_document(done))
     else:
         print_outcomes(out, done.outcomes)
-        out.print(f"wrote {done.out}: {len(done.replaced)} attentions replaced" if done.out else "nothing to replace, nothing written", soft_wrap=True)
+        out.print(
+            f"wrote {done.out}: {len(done.replaced)} attentions replaced"
+            if done.out
+            else "nothing to replace, nothing written",
+            soft_wrap=True,
+        )
     if emit is Emit.ORT_GQA and done.replaced:
-        err.print("note: run this file with ONNX Runtime 1.24 or later: up to 1.23, GroupQueryAttention lets every query see one key more", soft_wrap=True)
+        err.print(
+            "note: run this file with ONNX Runtime 1.24 or later: up to 1.23, GroupQueryAttention lets every query see one key more",
+            soft_wrap=True,
+        )
     raise typer.Exit(0 if done.replaced else NOTHING_DONE)
 
 
@@ -96,7 +116,9 @@ def compile_(
     """
     with err.status(f"compiling {model.name}") as status:
         database = Database(folders=(records_folder(),))
-        done = pipeline.compile(model, output, database=database, full=full, force=force, progress=lambda step: status.update(step))
+        done = pipeline.compile(
+            model, output, database=database, full=full, force=force, progress=lambda step: status.update(step)
+        )
     if as_document:
         _print_json(_rewrite_document(done.rewrite) | {"manifest": done.manifest.document() if done.manifest else None})
     else:
@@ -104,7 +126,10 @@ def compile_(
         for choice in done.choices:
             out.print(f"tuning {choice}", soft_wrap=True, highlight=False)
         kernels = ", ".join(done.manifest.kernels) if done.manifest else ""
-        out.print(f"wrote {output}: kernels {kernels}" if done.manifest else "nothing to replace, nothing written", soft_wrap=True)
+        out.print(
+            f"wrote {output}: kernels {kernels}" if done.manifest else "nothing to replace, nothing written",
+            soft_wrap=True,
+        )
     raise typer.Exit(0 if done.rewrite.replaced else NOTHING_DONE)
 
 

@@ -148,6 +148,20 @@ def const_real(expr: Expr) -> float | None:
     return float(expr.value) if expr.is_const and isinstance(expr.value, int | float) else None
 
 
+def sum_parts(expr: Expr) -> tuple[int, tuple[int, ...]]:
+    """(constant, coefficients of the monomials) of a SUM."""
+    assert expr.op is Op.SUM and isinstance(expr.value, tuple)
+    constant, coefficients = expr.value
+    return constant, coefficients
+
+
+def wrap_parts(expr: Expr) -> tuple[int, bool]:
+    """(bits, whether signed) of a WRAP."""
+    assert expr.op is Op.WRAP and isinstance(expr.value, tuple)
+    bits, signed = expr.value
+    return bits, signed
+
+
 # -------------------------------------------------------------------------------------------------------- integers
 
 _Monomial = tuple[Expr, ...]
@@ -159,7 +173,7 @@ def _poly(expr: Expr) -> _Poly:
     if expr.is_const:
         return {(): int(expr.value)} if expr.value else {}  # type: ignore[call-overload]
     if expr.op is Op.SUM:
-        constant, coefficients = expr.value  # type: ignore[misc]
+        constant, coefficients = sum_parts(expr)
         poly: _Poly = {_atoms(arg): c for arg, c in zip(expr.args, coefficients, strict=True)}
         if constant:
             poly[()] = constant
@@ -172,7 +186,9 @@ def _atoms(expr: Expr) -> _Monomial:
 
 
 def _from_poly(poly: _Poly) -> Expr:
-    terms = sorted(((m, c) for m, c in poly.items() if m and c), key=lambda term: tuple(atom.digest for atom in term[0]))
+    terms = sorted(
+        ((m, c) for m, c in poly.items() if m and c), key=lambda term: tuple(atom.digest for atom in term[0])
+    )
     constant = poly.get((), 0)
     if not terms:
         return integer(constant)
@@ -216,7 +232,9 @@ def exact_div(a: Expr, b: Expr) -> Expr | None:
     divisor, rest = _poly(b), dict(_poly(a))
     if not divisor:
         return None
-    variables = sorted({atom for poly in (divisor, rest) for monomial in poly for atom in monomial}, key=lambda atom: atom.digest)
+    variables = sorted(
+        {atom for poly in (divisor, rest) for monomial in poly for atom in monomial}, key=lambda atom: atom.digest
+    )
 
     def leading(poly: _Poly) -> _Monomial:  # in lexicographic order, which makes the division below end
         return max(poly, key=lambda monomial: tuple(monomial.count(variable) for variable in variables))
@@ -260,7 +278,9 @@ def divides_safely(b: Expr) -> bool:
 
     A product of sizes is: were one of them 0, the tensor would have no elements, or the division would have no result.
     """
-    factors_of_sizes = all(c > 0 and all(atom.op is Op.SYMBOL and not atom.args for atom in m) for m, c in _poly(b).items())
+    factors_of_sizes = all(
+        c > 0 and all(atom.op is Op.SYMBOL and not atom.args for atom in m) for m, c in _poly(b).items()
+    )
     return at_least(b, 1) or (factors_of_sizes and b != ZERO)
 
 
@@ -487,7 +507,9 @@ def eq(a: Expr, b: Expr) -> Expr:
 _Comparison = Callable[[Expr, Expr], Expr]
 
 
-def _compared(a: Expr, b: Expr, compare: _Comparison, numbers: Callable[[float, float], bool], difference: Callable[[Expr], Expr]) -> Expr:
+def _compared(
+    a: Expr, b: Expr, compare: _Comparison, numbers: Callable[[float, float], bool], difference: Callable[[Expr], Expr]
+) -> Expr:
     a, b = (to_integer(side) if side.sort is Sort.BOOL else side for side in (a, b))
     if a.is_const and b.is_const:
         return boolean(numbers(a.value, b.value))  # type: ignore[arg-type]
@@ -645,7 +667,9 @@ def real_mul(a: Expr, b: Expr) -> Expr:
         return a
     if b.is_const and a.op is Op.ITE and _is_tree_of_constants(a):
         return ite(a.args[0], real_mul(a.args[1], b), real_mul(a.args[2], b))
-    if a.op is Op.TO_REAL and (b.op is Op.TO_REAL or (b.is_const and abs(float(b.value)) <= MAX_SIZE and float(b.value).is_integer())):  # type: ignore[arg-type]
+    number = const_real(b)
+    whole = b.is_const and number is not None and abs(number) <= MAX_SIZE and number.is_integer()
+    if a.op is Op.TO_REAL and (b.op is Op.TO_REAL or whole):
         return to_real(mul(a.args[0], to_integer(b)))
     return Expr(Op.REAL_MUL, Sort.REAL, (a, b))
 
@@ -698,7 +722,7 @@ def rebuild(expr: Expr, args: Index) -> Expr:
         Op.TANH: real_tanh,
     }
     if expr.op is Op.SUM:
-        constant, coefficients = expr.value  # type: ignore[misc]
+        constant, coefficients = sum_parts(expr)
         return add(integer(constant), *(mul(integer(c), a) for c, a in zip(coefficients, args, strict=True)))
     if expr.op is Op.PRODUCT:
         return product_of(args)
@@ -741,7 +765,9 @@ def is_finite_const(expr: Expr) -> bool:
 
 def _show_sum(poly: _Poly) -> str:
     terms = [
-        f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{'*'.join(map(show, monomial))}" for monomial, c in poly.items() if monomial
+        f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{'*'.join(map(show, monomial))}"
+        for monomial, c in poly.items()
+        if monomial
     ]
     constant = [str(poly.get((), 0))] if poly.get((), 0) or not terms else []
     return " + ".join([*terms, *constant]).replace("+ -", "- ")
@@ -773,5 +799,12 @@ def show(expr: Expr) -> str:
         case Op.NOT | Op.TANH | Op.TO_REAL | Op.ROUND:
             return f"{expr.op}({args[0]})"
         case _:
-            symbol = {Op.PRODUCT: "*", Op.FLOORDIV: "//", Op.MOD: "%", Op.REAL_ADD: "+", Op.REAL_MUL: "*", Op.REAL_DIV: "/"}
+            symbol = {
+                Op.PRODUCT: "*",
+                Op.FLOORDIV: "//",
+                Op.MOD: "%",
+                Op.REAL_ADD: "+",
+                Op.REAL_MUL: "*",
+                Op.REAL_DIV: "/",
+            }
             return f"({symbol[expr.op].join(args)})"

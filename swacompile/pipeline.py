@@ -89,7 +89,12 @@ def inspect(model: Path) -> Inspection:
 
 
 def rewrite(
-    model: "Path | ExportedProgram | GraphModule", out: Path | None = None, *, emit: Emit = Emit.BANDED, full: bool = False, force: bool = False
+    model: "Path | ExportedProgram | GraphModule",
+    out: Path | None = None,
+    *,
+    emit: Emit = Emit.BANDED,
+    full: bool = False,
+    force: bool = False,
 ) -> Rewrite:
     """Write the model with every proven sliding-window attention replaced; with `full`, unwindowed attention too.
 
@@ -98,7 +103,9 @@ def rewrite(
     """
     if not isinstance(model, Path) or model.suffix == ".pt2":
         if emit is not Emit.BANDED:
-            raise ArgumentError(f"expected --emit banded for a torch program, found {emit}: the other forms are ONNX operators.")
+            raise ArgumentError(
+                f"expected --emit banded for a torch program, found {emit}: the other forms are ONNX operators."
+            )
         require_torch(model)
         from swacompile import torch_pipeline
 
@@ -119,7 +126,7 @@ def rewrite(
     return done
 
 
-def compile(  # noqa: A001  the public name of the step
+def compile(
     model: Path, out: Path, *, targets: Sequence[Target] = (), database: Database | None = None, full: bool = False, force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Compiled:  # fmt: skip
@@ -133,7 +140,9 @@ def compile(  # noqa: A001  the public name of the step
         require_torch(model)
         from swacompile import torch_pipeline
 
-        return torch_pipeline.compile(model, out, targets=targets, database=database, full=full, force=force, progress=progress)
+        return torch_pipeline.compile(
+            model, out, targets=targets, database=database, full=full, force=force, progress=progress
+        )
     from swacompile import artifact
     from swacompile.frontends.onnx_splice import save
 
@@ -166,7 +175,9 @@ def compile(  # noqa: A001  the public name of the step
     return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None, choices=())
 
 
-def splice(source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...], emit: Emit) -> tuple[Replacement | Refutation, ...]:
+def splice(
+    source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...], emit: Emit
+) -> tuple[Replacement | Refutation, ...]:
     """Edit the model in memory. What this form of output cannot express turns from a replacement into a refusal."""
     from swacompile.frontends import onnx_emit, onnx_lower
 
@@ -182,18 +193,26 @@ def kernel_variants(replaced: Sequence[Replacement]) -> tuple[KernelVariant, ...
     """The kernels that these attentions need, in a stable order."""
     short = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
     needed = {(r.site.dtype, r.site.head_size or 0, r.site.value_head_size or 0) for r in replaced}
-    return tuple(KernelVariant(dtype=short[dtype], head_size=size, value_size=value) for dtype, size, value in sorted(needed))
+    return tuple(
+        KernelVariant(dtype=short[dtype], head_size=size, value_size=value) for dtype, size, value in sorted(needed)
+    )
 
 
-def choose_kernels(replaced: Sequence[Replacement], targets: Sequence[Target], database: Database) -> tuple[KernelChoice, ...]:
+def choose_kernels(
+    replaced: Sequence[Replacement], targets: Sequence[Target], database: Database
+) -> tuple[KernelChoice, ...]:
     """Sizes of the kernels that these attentions need on every target, from the tuning records."""
     from swacompile.tuning.runner import device_name
 
     workloads, device = workloads_of(replaced), device_name()
-    return tuple(choice for target in targets for choice in choose_cpu_kernels(workloads, target, database, device=device))
+    return tuple(
+        choice for target in targets for choice in choose_cpu_kernels(workloads, target, database, device=device)
+    )
 
 
-def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path, kernels: Sequence[KernelChoice] = ()) -> None:
+def build_library(
+    variants: Sequence[KernelVariant], targets: Sequence[Target], out: Path, kernels: Sequence[KernelChoice] = ()
+) -> None:
     """Build the kernels for every target and link them into an ONNX Runtime library. Raises TargetError, ToolchainError.
 
     Sizes are those of `kernels`, and analytical defaults for a variant that is not among them.
@@ -204,7 +223,12 @@ def build_library(variants: Sequence[KernelVariant], targets: Sequence[Target], 
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder, f"{target.name}.o") for target in targets]
         for target, path in zip(targets, objects, strict=True):
-            build_cpu_object(variants, target, path, tiles={kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target})
+            build_cpu_object(
+                variants,
+                target,
+                path,
+                tiles={kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target},
+            )
         rows = [LibraryKernel(variant=variant, target=target) for target in targets for variant in variants]
         build_ort_library(objects, rows, out)
 
@@ -221,7 +245,9 @@ def read(model: Path) -> "OnnxModel | FxModel":
         except ModuleNotFoundError as error:
             if error.name != "torch":
                 raise
-            raise ModelError(f"{model}: a .pt2 file is read with torch, which is not installed. Install swacompile[torch].") from error
+            raise ModelError(
+                f"{model}: a .pt2 file is read with torch, which is not installed. Install swacompile[torch]."
+            ) from error
         return fx.read_pt2(model)
     raise ModelError(f"{model}: expected a .onnx or a .pt2 file, found suffix {model.suffix!r}.")
 
@@ -242,7 +268,9 @@ def require_torch(model: object) -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ModelError(f"{model}: a torch program needs torch, which is not installed. Install swacompile[torch].") from error
+        raise ModelError(
+            f"{model}: a torch program needs torch, which is not installed. Install swacompile[torch]."
+        ) from error
     if not torch_pipeline.is_torch(model):
         raise ModelError(f"expected a path, an ExportedProgram or a GraphModule, found {type(model).__name__}.")
 

@@ -52,11 +52,19 @@ def with_external_weights(folder: Path, megabytes: int, layers: int = 1) -> Path
     hidden = "value"
     first = []
     for layer in range(layers):
-        weight = TensorProto(name=f"weight_{layer}", data_type=TensorProto.FLOAT, dims=[rows, width], data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", data.name), ("offset", str(layer * rows * width * 4)), ("length", str(rows * width * 4))):
+        weight = TensorProto(
+            name=f"weight_{layer}", data_type=TensorProto.FLOAT, dims=[rows, width], data_location=TensorProto.EXTERNAL
+        )
+        for key, value in (
+            ("location", data.name),
+            ("offset", str(layer * rows * width * 4)),
+            ("length", str(rows * width * 4)),
+        ):
             weight.external_data.add(key=key, value=value)
         model.graph.initializer.append(weight)
-        first.append(helper.make_node("ReduceMax", [weight.name], [f"largest_{layer}"], keepdims=0, name=f"largest_{layer}"))
+        first.append(
+            helper.make_node("ReduceMax", [weight.name], [f"largest_{layer}"], keepdims=0, name=f"largest_{layer}")
+        )
         first.append(helper.make_node("Add", [hidden, f"largest_{layer}"], [f"hidden_{layer}"], name=f"shift_{layer}"))
         hidden = f"hidden_{layer}"
     for node in model.graph.node:

@@ -37,7 +37,15 @@ def test_inspect_refusal(run_cli, corpus):
 def test_inspect_table(run_cli, corpus):
     result = run_cli("inspect", corpus / "mistral" / "onnx-sdpa-dyn-pad.onnx")
     assert result.code == 0
-    for text in ("sliding", "(4, 0)", "smt, all sizes", "sliding_window=5", "window_size=(4, 0)", "local_window_size=5", "left_window_size=4"):
+    for text in (
+        "sliding",
+        "(4, 0)",
+        "smt, all sizes",
+        "sliding_window=5",
+        "window_size=(4, 0)",
+        "local_window_size=5",
+        "left_window_size=4",
+    ):
         assert text in result.out
 
 

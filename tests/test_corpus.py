@@ -83,7 +83,9 @@ def run(path: Path, feeds: dict[str, np.ndarray], library: Path | None = None) -
     options.log_severity_level = 3
     if library is not None:
         options.register_custom_ops_library(str(library))
-    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )[0]
     return result
 
 

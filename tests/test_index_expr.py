@@ -9,9 +9,52 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swacompile.index_expr import (
-    FALSE, MAX_SIZE, ONE, TRUE, ZERO, Expr, NotInteger, Sort, absolute, add, and_, apply, at_least, boolean, divides_safely, eq, exact_div, floordiv,
-    ideal, index, integer, ite, le, lt, maximum, minimum, mod, mul, neg, nonempty, not_, or_, real, real_add, real_mul, round_number, rounded, size,
-    sub, substitute, to_integer, to_real, truncdiv, value_range, wrap, wrap_number,
+    FALSE,
+    MAX_SIZE,
+    ONE,
+    TRUE,
+    ZERO,
+    Expr,
+    NotInteger,
+    Sort,
+    absolute,
+    add,
+    and_,
+    apply,
+    at_least,
+    boolean,
+    divides_safely,
+    eq,
+    exact_div,
+    floordiv,
+    ideal,
+    index,
+    integer,
+    ite,
+    le,
+    lt,
+    maximum,
+    minimum,
+    mod,
+    mul,
+    neg,
+    nonempty,
+    not_,
+    or_,
+    real,
+    real_add,
+    real_mul,
+    round_number,
+    rounded,
+    size,
+    sub,
+    substitute,
+    to_integer,
+    to_real,
+    truncdiv,
+    value_range,
+    wrap,
+    wrap_number,
 )  # fmt: skip
 from swacompile.passes.evaluate import evaluate
 
@@ -49,7 +92,9 @@ def drawn(source: random.Random, depth: int) -> Formula:
         case 9:
             return ite(le(a, b), a, add(b, ONE)), lambda v: value_a(v) if value_a(v) <= value_b(v) else value_b(v) + 1
         case 10:
-            return ite(or_(lt(a, b), not_(eq(a, b))), b, neg(a)), lambda v: value_b(v) if value_a(v) != value_b(v) else -value_a(v)
+            return ite(
+                or_(lt(a, b), not_(eq(a, b))), b, neg(a)
+            ), lambda v: value_b(v) if value_a(v) != value_b(v) else -value_a(v)
         case _:
             return wrap(a, 8, True), lambda v: wrap_number(value_a(v), 8, True)
 

@@ -27,12 +27,21 @@ def test_eight_gigabytes(tmp_path):
     weights = tmp_path / "weights.bin"
     touched = weights.stat()
     start = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out.onnx")], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out.onnx")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert time.monotonic() - start < 30
     measured = json.loads(run.stdout)
     assert measured["replaced"] == 1
     assert measured["rss_gb"] < 1.5
-    assert (weights.stat().st_mtime_ns, weights.stat().st_ino, weights.stat().st_nlink) == (touched.st_mtime_ns, touched.st_ino, 1)
+    assert (weights.stat().st_mtime_ns, weights.stat().st_ino, weights.stat().st_nlink) == (
+        touched.st_mtime_ns,
+        touched.st_ino,
+        1,
+    )
     onnx.checker.check_model(str(tmp_path / "out.onnx"))
 
 

@@ -13,7 +13,9 @@ SOURCES = {"swacompile": "swacompile", "passes": "swacompile/passes", "schedules
 def test_wheel_holds_every_module(tmp_path):
     """All Python files of the three source folders, under one import name and nothing beside it."""
     source = tmp_path / "source"  # built from a copy: leftovers of an earlier build would be packed too
-    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "out", "tests", "*.egg-info"))
+    shutil.copytree(
+        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "out", "tests", "*.egg-info")
+    )
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -32,7 +34,9 @@ def test_wheel_holds_every_module(tmp_path):
 
 def loaded_by(code: str) -> set[str]:
     script = f"{code}\nimport sys\nprint(' '.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 def test_onnx_route_needs_no_torch(tmp_path):
@@ -42,7 +46,7 @@ def test_onnx_route_needs_no_torch(tmp_path):
     code = f"""
 from pathlib import Path
 import swacompile
-assert swacompile.rewrite(Path({str(path)!r}), Path({str(tmp_path / 'out.onnx')!r})).replaced
+assert swacompile.rewrite(Path({str(path)!r}), Path({str(tmp_path / "out.onnx")!r})).replaced
 """
     modules = loaded_by(code)
     assert "onnx_ir" in modules

@@ -58,7 +58,9 @@ def _one_hot(ops: Operands) -> Meaning:
 
 def _tile(ops: Operands) -> Meaning:
     operand, repeats = ops.tensor(0), ops.tensor(1).vector()
-    return Meaning(shape=tuple(mul(extent, repeat) for extent, repeat in zip(operand.shape, repeats, strict=True)), read=None)
+    return Meaning(
+        shape=tuple(mul(extent, repeat) for extent, repeat in zip(operand.shape, repeats, strict=True)), read=None
+    )
 
 
 def _attention(ops: Operands) -> Meaning:

@@ -4,9 +4,42 @@ from collections.abc import Callable, Mapping
 from functools import reduce
 from math import exp, isnan, sqrt
 
-from swacompile.index_expr import NotInteger, ZERO, Expr, Index, Op, Sort, absolute, add, and_, boolean, const_real, divides_safely, eq, floordiv
-from swacompile.index_expr import integer, ite, le, lt, maximum, minimum, mod, mul, neg, not_, or_, real, real_add, real_div, real_mul, real_tanh
-from swacompile.index_expr import sub, to_integer, to_real, truncdiv
+from swacompile.index_expr import (
+    ZERO,
+    Expr,
+    Index,
+    NotInteger,
+    Op,
+    Sort,
+    absolute,
+    add,
+    and_,
+    boolean,
+    const_real,
+    divides_safely,
+    eq,
+    floordiv,
+    integer,
+    ite,
+    le,
+    lt,
+    maximum,
+    minimum,
+    mod,
+    mul,
+    neg,
+    not_,
+    or_,
+    real,
+    real_add,
+    real_div,
+    real_mul,
+    real_tanh,
+    sub,
+    to_integer,
+    to_real,
+    truncdiv,
+)
 from swacompile.passes.index_tensor import Unreadable, broadcast_index, kept, sort_of
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 

@@ -2,11 +2,29 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import FALSE, ONE, ZERO, Expr, Index, Sort, add, const_int, eq, index, integer, ite, le, mul, real, sub, to_integer
+from swacompile.index_expr import (
+    FALSE,
+    ONE,
+    ZERO,
+    Expr,
+    Index,
+    Sort,
+    add,
+    const_int,
+    eq,
+    index,
+    integer,
+    ite,
+    le,
+    mul,
+    real,
+    sub,
+    to_integer,
+)
 from swacompile.passes.index_tensor import Unreadable, broadcast_index, kept, normal_axis, wrapped
+from swacompile.passes.rules.rule import Meaning, Operands, Rule
 from swacompile.passes.rules.views import constants
 from swacompile.passes.smt import is_valid
-from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 
 def _gather(ops: Operands) -> Meaning:
@@ -99,4 +117,10 @@ def _cumsum(ops: Operands) -> Meaning:
     return Meaning(shape=data.shape, read=read)
 
 
-RULES: Mapping[str, Rule] = {"gather": _gather, "gather_nd": _gather_nd, "index": _index, "trilu": _trilu, "cumsum": _cumsum}
+RULES: Mapping[str, Rule] = {
+    "gather": _gather,
+    "gather_nd": _gather_nd,
+    "index": _index,
+    "trilu": _trilu,
+    "cumsum": _cumsum,
+}

@@ -2,7 +2,22 @@
 
 from collections.abc import Mapping
 
-from swacompile.index_expr import ZERO, Expr, Index, Sort, add, at_least, const_int, floordiv, integer, maximum, mul, product_of, sub, to_real
+from swacompile.index_expr import (
+    ZERO,
+    Expr,
+    Index,
+    Sort,
+    add,
+    at_least,
+    const_int,
+    floordiv,
+    integer,
+    maximum,
+    mul,
+    product_of,
+    sub,
+    to_real,
+)
 from swacompile.passes.index_tensor import Unreadable, kept, sort_of
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
@@ -65,7 +80,8 @@ def _sizes(ops: Operands) -> Meaning:
         position = const_int(indices[0])
         if position is None:
             raise Unreadable("a size at a position that is not constant")
-        return values[position]
+        value: Expr = values[position]
+        return value
 
     return Meaning(shape=(integer(len(values)),), read=read)
 

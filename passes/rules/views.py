@@ -6,8 +6,27 @@ map serves the formulas and the search for the tensors that an attention really 
 
 from collections.abc import Callable, Mapping
 
-from swacompile.index_expr import ONE, ZERO, Expr, Index, Sort, add, const_int, exact_div, floordiv, integer, ite, le, lt, mod, mul, product_of, size, sub
-from swacompile.index_expr import to_integer, to_real
+from swacompile.index_expr import (
+    ONE,
+    ZERO,
+    Expr,
+    Index,
+    Sort,
+    add,
+    const_int,
+    exact_div,
+    floordiv,
+    integer,
+    ite,
+    lt,
+    mod,
+    mul,
+    product_of,
+    size,
+    sub,
+    to_integer,
+    to_real,
+)
 from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, clamp, normal_axis
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
@@ -77,7 +96,9 @@ def _expand(ops: Operands) -> tuple[Index, IndexMap]:
     operand = ops.tensor(0)
     target = ops.tensor(1).vector()
     padded = (ONE,) * (len(target) - operand.rank) + operand.shape
-    wanted = tuple(extent if const_int(to) == -1 else to for to, extent in zip(target[-len(padded) :], padded, strict=False))
+    wanted = tuple(
+        extent if const_int(to) == -1 else to for to, extent in zip(target[-len(padded) :], padded, strict=False)
+    )
     lead = padded[: len(padded) - len(wanted)]
     shape = lead + tuple(ops.sizes.unify(to, extent) for to, extent in zip(wanted, padded[len(lead) :], strict=True))
     return shape, lambda indices: broadcast_index(indices, operand.shape)
@@ -246,8 +267,13 @@ def _reshaping(ops: Operands) -> Meaning:
         if not ops.integer("allowzero", 0):
             target = [ops.tensor(0).shape[i] if const_int(extent) == 0 else extent for i, extent in enumerate(target)]
         name = ops.node.outputs[0]
-        shape = tuple(size(f"{name}.{axis}") if const_int(extent) == -1 else extent for axis, extent in enumerate(target))
+        shape = tuple(
+            size(f"{name}.{axis}") if const_int(extent) == -1 else extent for axis, extent in enumerate(target)
+        )
         return Meaning(shape=shape, read=None)
 
 
-RULES: Mapping[str, Rule] = {name: _viewing(view) for name, view in INDEX_MAPS.items()} | {"concat": _concat, "reshape": _reshaping}
+RULES: Mapping[str, Rule] = {name: _viewing(view) for name, view in INDEX_MAPS.items()} | {
+    "concat": _concat,
+    "reshape": _reshaping,
+}

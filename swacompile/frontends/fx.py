@@ -56,7 +56,10 @@ def read_exported_program(program: ExportedProgram, *, name: str = "program", pa
         else:
             translation.stored[value] = stored
     mutated = {spec.target for spec in program.graph_signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
-    names = {spec.target: translation.name_of(node) for node, spec in zip(places, program.graph_signature.input_specs, strict=True)}
+    names = {
+        spec.target: translation.name_of(node)
+        for node, spec in zip(places, program.graph_signature.input_specs, strict=True)
+    }
     translation.state.update(names[target] for target in mutated if target in names)
     results = translation.run(program.graph, program.graph_module)
     graph = _graph(name, translation, inputs, results)
@@ -78,7 +81,9 @@ def read_graph_module(
     if _is_aten(module):
         return _read_aten(module, name)
     if not args and not kwargs:
-        raise ModelError(f"{name}: expected ATen operators with metadata, found an FX graph without. Give example inputs, so that it can be exported.")
+        raise ModelError(
+            f"{name}: expected ATen operators with metadata, found an FX graph without. Give example inputs, so that it can be exported."
+        )
     try:
         program = torch.export.export(module, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     except Exception as error:
@@ -98,8 +103,10 @@ def _is_aten(module: fx.GraphModule) -> bool:
     nodes = module.graph.nodes
     calls = [node for node in nodes if node.op == "call_function"]
     known = all("val" in node.meta for node in nodes if node.op == "placeholder")
-    return known and all(node.op not in ("call_module", "call_method") for node in nodes) and any(
-        isinstance(node.target, torch._ops.OpOverload) for node in calls
+    return (
+        known
+        and all(node.op not in ("call_module", "call_method") for node in nodes)
+        and any(isinstance(node.target, torch._ops.OpOverload) for node in calls)
     )
 
 
@@ -115,7 +122,9 @@ def _graph(name: str, translation: Translation, inputs: Sequence[str], results: 
     """State counts as input: its value is the last call's."""
     state = [value for value in translation.stored if value in translation.state]
     constants = {value: constant for value, constant in translation.stored.items() if value not in translation.state}
-    outputs = [translation.read(result).name for result in results if isinstance(result, fx.Node) and translation.has(result)]
+    outputs = [
+        translation.read(result).name for result in results if isinstance(result, fx.Node) and translation.has(result)
+    ]
     return Graph(
         name=name, nodes=tuple(translation.nodes), inputs=(*inputs, *state), outputs=tuple(dict.fromkeys(outputs)),
         constants=constants | translation.constants, types=translation.types,

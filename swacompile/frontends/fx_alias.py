@@ -4,9 +4,10 @@ torch graphs may mutate: a static cache writes to its buffers, older models fill
 operators say which result is a view of which operand and which operand is written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import torch
 from torch import fx
@@ -46,7 +47,8 @@ def view_of(node: fx.Node) -> View | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = base_name(target)
-    source = next(_shared_operands(node, target), None)
+    viewed = signature_of(target).viewed
+    source = argument(node, viewed[0]) if viewed else None
     if source is None and name in ("type_as", "dropout") and node.args:
         source = node.args[0]
     if not isinstance(source, fx.Node):
@@ -61,32 +63,42 @@ def view_of(node: fx.Node) -> View | None:
 def written_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """Operands whose memory the node writes."""
     target = node.target
-    if base_name(target) == "triton_kernel_wrapper_mutation":
-        return node.all_input_nodes  # type: ignore[return-value]
-    if not isinstance(target, torch._ops.OpOverload) or base_name(target) in WRITES_NOTHING:
+    if not isinstance(target, torch._ops.OpOverload):
+        return tuple(node.all_input_nodes) if base_name(target) == "triton_kernel_wrapper_mutation" else ()
+    if not (written := signature_of(target).written) or base_name(target) in WRITES_NOTHING:
         return ()
-    written = (
-        value
-        for argument, value in _bound(node, target)
-        if argument.alias_info is not None and argument.alias_info.is_write
+    return tuple(found for name in written for found in _nodes(argument(node, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What an operator's schema says of its arguments: names with defaults, in order; which are written, which the result is a view of."""
+
+    defaults: Mapping[str, object]
+    written: tuple[str, ...]
+    viewed: tuple[str, ...]
+
+
+@cache
+def signature_of(target: torch._ops.OpOverload) -> Signature:
+    schema = target._schema
+    returned = {name for result in schema.returns if result.alias_info for name in result.alias_info.before_set}
+    aliases = [(argument.name, argument.alias_info) for argument in schema.arguments if argument.alias_info is not None]
+    return Signature(
+        defaults={a.name: a.default_value if a.has_default_value() else None for a in schema.arguments},
+        written=tuple(name for name, info in aliases if info.is_write),
+        viewed=tuple(name for name, info in aliases if "*" in info.after_set or info.before_set & returned),
     )
-    return tuple(node for value in written for node in _nodes(value))
 
 
-def _shared_operands(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[object]:
-    returned = {name for result in target._schema.returns if result.alias_info for name in result.alias_info.before_set}
-    for argument, value in _bound(node, target):
-        info = argument.alias_info
-        if info is not None and ("*" in info.after_set or info.before_set & returned):
-            yield value
-
-
-def _bound(node: fx.Node, target: torch._ops.OpOverload) -> Iterator[tuple["torch.Argument", object]]:
-    for position, argument in enumerate(target._schema.arguments):
-        if argument.name in node.kwargs:
-            yield argument, node.kwargs[argument.name]
-        elif position < len(node.args):
-            yield argument, node.args[position]
+def argument(node: fx.Node, name: str) -> object:
+    """An argument of an operator by its name in the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if name in node.kwargs:
+        return node.kwargs[name]
+    defaults = signature_of(node.target).defaults
+    position = list(defaults).index(name)
+    return node.args[position] if position < len(node.args) else defaults[name]
 
 
 def _nodes(value: object) -> Iterable[fx.Node]:
@@ -97,7 +109,7 @@ def _nodes(value: object) -> Iterable[fx.Node]:
 
 def _unchanged(node: fx.Node, source: fx.Node) -> bool:
     """Whether a conversion or dropout had nothing to do and returned its operand."""
-    if node.kwargs.get("copy") or (base_name(node.target) == "dropout" and (node.args + (True,))[2]):
+    if node.kwargs.get("copy") or (base_name(node.target) == "dropout" and argument(node, "train")):
         return False
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):

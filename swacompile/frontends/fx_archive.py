@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 
 from swacompile.errors import ModelError
 
-TYPE_NAMES = re.compile(rb'\\"type\\": ?\\"([A-Za-z_][\w.]*)\\"')  # in the JSON text of a tree of arguments, inside JSON
+TYPE_NAMES = re.compile(
+    rb'\\"type\\": ?\\"([A-Za-z_][\w.]*)\\"'
+)  # in the JSON text of a tree of arguments, inside JSON
 
 
 def load_program(path: Path) -> ExportedProgram:
@@ -48,7 +50,11 @@ def _models(path: Path) -> list[bytes]:
     """The serialized programs in an archive. Raises ModelError where the file is no archive."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if re.search(r"(models/[^/]*\.json|serialized_exported_program\.json)$", name)]
+            names = [
+                name
+                for name in archive.namelist()
+                if re.search(r"(models/[^/]*\.json|serialized_exported_program\.json)$", name)
+            ]
             return [archive.read(name) for name in names]
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         raise ModelError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from swacompile.frontends.fx_alias import signature_of
 from swacompile.graph import TensorType
 from swacompile.index_expr import Expr
 
@@ -47,17 +48,13 @@ class Call:
     _parts: int = 0
 
     def __post_init__(self) -> None:
-        target = self.node.target
-        if not isinstance(target, torch._ops.OpOverload):
-            self._arguments.update({str(i): value for i, value in enumerate(self.node.args)} | dict(self.node.kwargs))
-            return
-        for position, argument in enumerate(target._schema.arguments):
-            if argument.name in self.node.kwargs:
-                self._arguments[argument.name] = self.node.kwargs[argument.name]
-            elif position < len(self.node.args):
-                self._arguments[argument.name] = self.node.args[position]
-            else:
-                self._arguments[argument.name] = argument.default_value if argument.has_default_value() else None
+        node = self.node
+        if isinstance(node.target, torch._ops.OpOverload):
+            self._arguments = {**signature_of(node.target).defaults}
+            self._arguments.update(zip(self._arguments, node.args, strict=False))
+        else:
+            self._arguments.update((str(i), value) for i, value in enumerate(node.args))
+        self._arguments.update(node.kwargs)
 
     # arguments
 

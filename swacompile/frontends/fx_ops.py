@@ -90,7 +90,11 @@ def _div(call: Call) -> Result:
 def _as_real(call: Call, operand: object, dtype: str) -> str:
     if call.is_number(operand):
         number = call.number(operand)
-        return call.graph.number(float(number)) if not isinstance(number, torch.SymInt) else call.emit("cast", call.graph.number(number), dtype=dtype)
+        return (
+            call.graph.number(float(number))
+            if not isinstance(number, torch.SymInt)
+            else call.emit("cast", call.graph.number(number), dtype=dtype)
+        )
     return call.emit("cast", call.tensor(operand), dtype=dtype)
 
 
@@ -203,7 +207,11 @@ def _unsqueeze(call: Call) -> Result:
 def _squeeze(call: Call) -> Result:
     dims = call.get("dim")
     shape = call.meta(call[0]).shape
-    asked = range(len(shape)) if dims is None else [call.axis(call[0], dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
+    asked = (
+        range(len(shape))
+        if dims is None
+        else [call.axis(call[0], dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])]
+    )
     return op("squeeze", call.tensor(call[0]), axes=[axis for axis in asked if call.extent(call[0], axis) == ONE])
 
 
@@ -215,7 +223,10 @@ def _permutation(call: Call) -> list[int]:
         return [call.axis(call[0], dim) for dim in call.get("dims")]
     if call.get("source") is not None:
         return _moved(call, rank)
-    pair = [call.get(name) for name in ("dim0", "dim1", "axis0", "axis1") if call.get(name) is not None] or [0, rank - 1][: max(rank, 1)]
+    pair = [call.get(name) for name in ("dim0", "dim1", "axis0", "axis1") if call.get(name) is not None] or [
+        0,
+        rank - 1,
+    ][: max(rank, 1)]
     first, second = call.axis(call[0], pair[0]), call.axis(call[0], pair[-1])
     axes[first], axes[second] = axes[second], axes[first]
     return axes
@@ -224,7 +235,9 @@ def _permutation(call: Call) -> list[int]:
 def _moved(call: Call, rank: int) -> list[int]:
     """movedim: some axes get new places, the others keep their order."""
     pairs = [call.get(name) for name in ("source", "destination")]
-    sources, destinations = ([call.axis(call[0], dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])] for dims in pairs)
+    sources, destinations = (
+        [call.axis(call[0], dim) for dim in (dims if isinstance(dims, list | tuple) else [dims])] for dims in pairs
+    )
     placed = dict(zip(destinations, sources, strict=True))
     rest = iter(axis for axis in range(rank) if axis not in sources)
     return [placed[axis] if axis in placed else next(rest) for axis in range(rank)]
@@ -249,7 +262,14 @@ def _slice(call: Call) -> Result:
     return _cut(call, call[0], call.axis(call[0], call.get("dim")), start, end, step)
 
 
-def _cut(call: Call, source: object, axis: int, start: "int | torch.SymInt | None", end: "int | torch.SymInt | None", step: int) -> Result:
+def _cut(
+    call: Call,
+    source: object,
+    axis: int,
+    start: "int | torch.SymInt | None",
+    end: "int | torch.SymInt | None",
+    step: int,
+) -> Result:
     value = call.tensor(source)
     whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**31 - 1))
     if whole and step == 1:
@@ -266,7 +286,15 @@ def _narrow(call: Call) -> Result:
     start = _position(call, call.get("start"), call.axis(call[0], call.get("dim")))
     end = add(start, call.graph.sizes.of(call.number(call.get("length"))))
     vector = call.graph.vector
-    return op("slice", call.tensor(call[0]), vector([start]), vector([end]), vector([call.axis(call[0], call.get("dim"))]), vector([1]), exact=1)
+    return op(
+        "slice",
+        call.tensor(call[0]),
+        vector([start]),
+        vector([end]),
+        vector([call.axis(call[0], call.get("dim"))]),
+        vector([1]),
+        exact=1,
+    )
 
 
 def _select(call: Call) -> Result:
@@ -277,7 +305,15 @@ def _select(call: Call) -> Result:
 
 def _take(call: Call, source: object, axis: int, position: Expr) -> Result:
     vector = call.graph.vector
-    row = call.emit("slice", call.tensor(source), vector([position]), vector([add(position, ONE)]), vector([axis]), vector([1]), exact=1)
+    row = call.emit(
+        "slice",
+        call.tensor(source),
+        vector([position]),
+        vector([add(position, ONE)]),
+        vector([axis]),
+        vector([1]),
+        exact=1,
+    )
     return op("squeeze", row, axes=[axis])
 
 
@@ -319,7 +355,11 @@ def _repeat(call: Call) -> Result:
     """The whole tensor several times along its axes: an axis before each that is repeated, then merged."""
     rank, repeats = call.meta(call[0]).dim(), [call.number(count) for count in call.get("repeats")]
     lead = len(repeats) - rank
-    axes = {axis if axis < lead else lead + 2 * (axis - lead): count for axis, count in enumerate(repeats) if axis < lead or count != 1}
+    axes = {
+        axis if axis < lead else lead + 2 * (axis - lead): count
+        for axis, count in enumerate(repeats)
+        if axis < lead or count != 1
+    }
     inserted = 0
     places: dict[int, int | torch.SymInt] = {}
     for axis, count in enumerate(repeats):
@@ -342,7 +382,9 @@ def _repeated(call: Call, places: Mapping[int, "int | torch.SymInt"]) -> Result:
 def _cat(call: Call) -> Result:
     parts = [_node(part) for part in call[0]]
     rank = max(call.meta(part).dim() for part in parts)
-    kept = [part for part in parts if rank == 1 or tuple(call.meta(part).shape) != (0,)]  # torch ignores empty vectors here
+    kept = [
+        part for part in parts if rank == 1 or tuple(call.meta(part).shape) != (0,)
+    ]  # torch ignores empty vectors here
     dim = call.get("dim")
     axis = call.axis(kept[0], 0 if dim is None else dim)
     if len(kept) == 1:
@@ -362,7 +404,11 @@ def _diff(call: Call) -> Result:
         raise Untranslated("a difference of another kind")
     axis = call.axis(call[0], call.get("dim"))
     given = [part for part in (call.get("prepend"), call[0], call.get("append")) if part is not None]
-    whole = call.emit("concat", *(call.tensor(part) for part in given), axis=axis) if len(given) > 1 else call.tensor(call[0])
+    whole = (
+        call.emit("concat", *(call.tensor(part) for part in given), axis=axis)
+        if len(given) > 1
+        else call.tensor(call[0])
+    )
     length = add(*(call.extent(part, axis) for part in given))
     vector = call.graph.vector
     later = call.emit("slice", whole, vector([1]), vector([length]), vector([axis]), vector([1]), exact=1)
@@ -446,7 +492,12 @@ def _triangle(upper: int) -> Callable[[Call], Result]:
 
 
 def _cumsum(call: Call) -> Result:
-    return op("cumsum", call.tensor(call[0]), call.graph.vector([call.axis(call[0], call.get("dim"))]), dtype=call.dtype(call.node))
+    return op(
+        "cumsum",
+        call.tensor(call[0]),
+        call.graph.vector([call.axis(call[0], call.get("dim"))]),
+        dtype=call.dtype(call.node),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- compute
@@ -577,7 +628,9 @@ def _remove_batch_dim(call: Call) -> Result:
     value = call.graph.read(_node(source))
     shown = call.axis(source, dim, extra=1)
     if level not in value.levels:
-        extents = [call.graph.level_extents[other] for other in value.levels] + list(call.graph.sizes.shape(call.meta(call.node)))
+        extents = [call.graph.level_extents[other] for other in value.levels] + list(
+            call.graph.sizes.shape(call.meta(call.node))
+        )
         wide = call.emit("unsqueeze", value.name, axes=[len(value.levels) + shown])
         return op("expand", wide, call.graph.vector(extents), levels=value.levels)
     levels = tuple(other for other in value.levels if other != level)
@@ -621,7 +674,18 @@ WRITE_BACK: Mapping[str, Callable[[Call, str], Result]] = {
     "select": _select_back,
 }
 
-PARTS = frozenset(("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "tensor_split"))
+PARTS = frozenset(
+    (
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "unsafe_split",
+        "unsafe_split_with_sizes",
+        "unsafe_chunk",
+        "tensor_split",
+    )
+)
 
 UNARY = ("neg", "abs", "exp", "tanh", "sqrt", "reciprocal", "isnan")
 BINARY = {
@@ -633,7 +697,20 @@ LOGIC = {
     "bitwise_and": "and", "__and__": "and", "__iand__": "and", "bitwise_or": "or", "__or__": "or", "__ior__": "or", "bitwise_xor": "xor",
     "__xor__": "xor", "__ixor__": "xor", "bitwise_not": "not",
 }  # fmt: skip
-SAME = ("clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "lift", "to", "_to_copy", "type_as", "_to_dtype", "positive")
+SAME = (
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "lift",
+    "to",
+    "_to_copy",
+    "type_as",
+    "_to_dtype",
+    "positive",
+)
 ACTIVATIONS = (
     "sigmoid", "relu", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "erf", "sin", "cos", "log",
     "log1p", "log2", "log_softmax", "_log_softmax", "floor", "ceil", "round", "trunc", "sign", "square", "relu6", "celu", "selu",
@@ -650,12 +727,20 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     **dict.fromkeys(SAME, _convert),
     **dict.fromkeys(ACTIVATIONS, _like_first("activation")),
     **dict.fromkeys(FUSED_ATTENTION, _attention),
-    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm"), _like_first("normalize")),
-    **dict.fromkeys(("sum", "mean", "prod", "amin", "var", "std", "linalg_vector_norm", "norm", "argmax", "argmin", "min"), _reduce("reduce")),
+    **dict.fromkeys(
+        ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm"),
+        _like_first("normalize"),
+    ),
+    **dict.fromkeys(
+        ("sum", "mean", "prod", "amin", "var", "std", "linalg_vector_norm", "norm", "argmax", "argmin", "min"),
+        _reduce("reduce"),
+    ),
     **dict.fromkeys(("amax", "max"), _reduce("reduce_max")),
     "any": _reduce("any"),
     "all": _reduce("reduce"),
-    **dict.fromkeys(("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as", "ravel", "_reshape_alias"), _reshape),
+    **dict.fromkeys(
+        ("reshape", "view", "_unsafe_view", "flatten", "unflatten", "view_as", "ravel", "_reshape_alias"), _reshape
+    ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),

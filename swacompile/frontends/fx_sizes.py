@@ -72,4 +72,3 @@ COMBINATIONS: Mapping[str, Callable[[list[Expr]], Expr]] = {
     "Min": lambda args: reduce(minimum, args),
     "Identity": lambda args: args[0],
 }
-

@@ -116,7 +116,11 @@ class Translation:
         return self._emit_result(node, call.name, result)
 
     def _opaque(self, node: fx.Node) -> Result:
-        sources = [operand for source in node.all_input_nodes for operand in ([source] if source in self._values else source.all_input_nodes)]
+        sources = [
+            operand
+            for source in node.all_input_nodes
+            for operand in ([source] if source in self._values else source.all_input_nodes)
+        ]
         operands = [self.read(operand) for operand in sources if operand in self._values]
         levels = sorted({level for operand in operands for level in operand.levels})
         target = node.target
@@ -250,7 +254,9 @@ class Translation:
             except Untranslated:
                 return self._unknown(view.source)
             self._note_type(call.name, view.source.meta.get("val"))
-            self.nodes.append(Node(op=result.op, name=call.name, inputs=result.inputs, outputs=(call.name,), attrs=result.attrs))
+            self.nodes.append(
+                Node(op=result.op, name=call.name, inputs=result.inputs, outputs=(call.name,), attrs=result.attrs)
+            )
             return Value(name=call.name)
         return self._unknown(view.source)
 
@@ -303,7 +309,7 @@ class Translation:
 
     def _fresh(self, node: fx.Node) -> str:
         """The node's name, numbered where it stands for more than one value."""
-        base = f"{self.prefix}{node.name}" if node not in self._names else self._names[node]
+        base = self._names.get(node, f"{self.prefix}{node.name}")
         self._names.setdefault(node, base)
         count = self._used[base] = self._used.get(base, -1) + 1
         return f"{base}.{count}" if count else base

@@ -70,14 +70,18 @@ def read(path: Path) -> OnnxModel:
 
 def _load(path: Path) -> ir.Model:
     if not path.is_file():
-        raise ModelError(f"{path}: expected an ONNX file, found {'a folder' if path.is_dir() else 'nothing'}. Give the path of a .onnx file.")
+        raise ModelError(
+            f"{path}: expected an ONNX file, found {'a folder' if path.is_dir() else 'nothing'}. Give the path of a .onnx file."
+        )
     try:
         model = ir.load(path)
     except Exception as error:
         raise ModelError(f"{path}: expected an ONNX model, found {path.stat().st_size} bytes that do not parse as one ({_first_line(error)}). "
                          "The file is damaged, truncated, or of another format; export it again.") from error  # fmt: skip
     if not model.opset_imports or not len(model.graph) or not model.graph.outputs:
-        raise ModelError(f"{path}: expected an ONNX model, found one without nodes, outputs or opset. The file is damaged or of another format.")
+        raise ModelError(
+            f"{path}: expected an ONNX model, found one without nodes, outputs or opset. The file is damaged or of another format."
+        )
     _check_nodes(path, model)
     return model
 
@@ -97,7 +101,9 @@ def _check_nodes(path: Path, model: ir.Model) -> None:
                                  "or truncated; export it again.")  # fmt: skip
     for output in model.graph.outputs:
         if output.producer() is None and output not in known:
-            raise ModelError(f"{path}: nothing produces the model's output {output.name!r}. The file is damaged or truncated; export it again.")
+            raise ModelError(
+                f"{path}: nothing produces the model's output {output.name!r}. The file is damaged or truncated; export it again."
+            )
 
 
 def _first_line(error: Exception) -> str:
@@ -192,7 +198,9 @@ def _translate_node(node: ir.Node, position: int, constants: dict[str, Constant]
     inputs = tuple("" if value is None else str(value.name) for value in node.inputs)
     outputs = tuple(str(value.name) for value in node.outputs)
     attrs: dict[str, object] = {
-        key: list(a.value) if isinstance(a.value, tuple) else a.value for key, a in node.attributes.items() if not a.is_ref()
+        key: list(a.value) if isinstance(a.value, tuple) else a.value
+        for key, a in node.attributes.items()
+        if not a.is_ref()
     }
     if node.op_type == "Constant":
         constants[outputs[0]] = _constant(_constant_value(node))
@@ -216,7 +224,11 @@ def _constant_value(node: ir.Node) -> ir.TensorProtocol:
 
 def _inline_constant(constants: dict[str, Constant], name: str, value: object) -> str:
     array = np.asarray(value)
-    constants[name] = Constant(dtype={"bool": "bool", "float32": "float32"}.get(str(array.dtype), str(array.dtype)), shape=array.shape, load=lambda: array)
+    constants[name] = Constant(
+        dtype={"bool": "bool", "float32": "float32"}.get(str(array.dtype), str(array.dtype)),
+        shape=array.shape,
+        load=lambda: array,
+    )
     return name
 
 
@@ -227,7 +239,15 @@ def _constant_of_shape(node: Node, constants: dict[str, Constant]) -> Iterable[N
         _inline_constant(constants, fill, np.zeros(1, np.float32))
     else:
         constants[fill] = _constant(given)  # type: ignore[arg-type]
-    return (Node(op="full", name=node.name, inputs=(node.inputs[0], fill), outputs=node.outputs, attrs={"dtype": constants[fill].dtype}),)
+    return (
+        Node(
+            op="full",
+            name=node.name,
+            inputs=(node.inputs[0], fill),
+            outputs=node.outputs,
+            attrs={"dtype": constants[fill].dtype},
+        ),
+    )
 
 
 def _cast(node: Node, constants: dict[str, Constant]) -> Iterable[Node]:

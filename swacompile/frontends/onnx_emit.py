@@ -15,7 +15,9 @@ from swacompile.passes.plan_rewrite import Replacement
 ELEM_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
 
-def splice_banded(source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...]) -> tuple[Replacement | Refutation, ...]:
+def splice_banded(
+    source: OnnxModel, outcomes: tuple[Replacement | Refutation, ...]
+) -> tuple[Replacement | Refutation, ...]:
     """Put a BandedAttention in the place of every Replacement, and its function into the model. Gives the outcomes as they then are.
 
     One function serves the whole model, so kind and data type follow the first replacement; sites that differ are kept.
@@ -82,7 +84,9 @@ def _splice(splicer: Splicer, replacement: Replacement, body: Body) -> None:
     old = splicer.values[site.output]
     before = old.producer()
     assert before is not None
-    output = splicer.add(before, NAME, operands(splicer, before, replacement, body), attributes(replacement, body), domain=DOMAIN)
+    output = splicer.add(
+        before, NAME, operands(splicer, before, replacement, body), attributes(replacement, body), domain=DOMAIN
+    )
     output.dtype = ELEM_TYPES[site.dtype]
     if site.merged_output:
         output = splicer.merge_heads(before, output)
@@ -93,10 +97,15 @@ def operands(splicer: Splicer, before: ir.Node, replacement: Replacement, body: 
     """The inputs of a BandedAttention node, as many as the body has."""
     site = replacement.site
     required = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
-    return [*required, *(_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(required) :])]
+    return [
+        *required,
+        *(_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(required) :]),
+    ]
 
 
-def _optional_input(splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body, name: str) -> ir.Value | None:
+def _optional_input(
+    splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body, name: str
+) -> ir.Value | None:
     """The operand, the neutral constant where only other nodes of the model use it, or nothing where none does."""
     site = replacement.site
     dtype = np.dtype(site.dtype)
@@ -130,4 +139,3 @@ def attributes(replacement: Replacement, body: Body) -> dict[str, Any]:
         "chunk_size": 0,
         "kind": body.kind,
     }
-

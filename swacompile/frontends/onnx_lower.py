@@ -13,7 +13,14 @@ from swacompile.frontends.onnx_emit import ELEM_TYPES, attributes, body_for, ope
 from swacompile.frontends.onnx_splice import Splicer
 from swacompile.kernels.onnx_function import DOMAIN, NAME
 from swacompile.kernels.onnx_targets import (
-    ATTENTION_OPSET, MICROSOFT_DOMAIN, MICROSOFT_VERSION, Lowering, Site, Unsupported, onnx_attention, ort_group_query_attention,
+    ATTENTION_OPSET,
+    MICROSOFT_DOMAIN,
+    MICROSOFT_VERSION,
+    Lowering,
+    Site,
+    Unsupported,
+    onnx_attention,
+    ort_group_query_attention,
 )  # fmt: skip
 from swacompile.passes.plan_rewrite import Replacement
 
@@ -53,7 +60,9 @@ def _splice(
     source: OnnxModel, outcomes: tuple[Outcome, ...], lower: Callable[[Site], Lowering], opsets: dict[str, int]
 ) -> tuple[Outcome, ...]:
     splicer = Splicer(source)
-    done = tuple(_lowered(splicer, outcome, lower) if isinstance(outcome, Replacement) else outcome for outcome in outcomes)
+    done = tuple(
+        _lowered(splicer, outcome, lower) if isinstance(outcome, Replacement) else outcome for outcome in outcomes
+    )
     splicer.finish([], opsets)
     return done
 
@@ -67,22 +76,39 @@ def _lowered(splicer: Splicer, replacement: Replacement, lower: Callable[[Site],
     given = operands(splicer, before, replacement, body)
     names = {str(value.name): value for value in given if value is not None}
     node = helper.make_node(
-        NAME, ["" if value is None else str(value.name) for value in given], [f"{old.name}_banded"], domain=DOMAIN, **attributes(replacement, body)
+        NAME,
+        ["" if value is None else str(value.name) for value in given],
+        [f"{old.name}_banded"],
+        domain=DOMAIN,
+        **attributes(replacement, body),
     )
     lowering = lower(
         Site(
-            node=node, heads=site.heads, kv_heads=site.kv_heads, head_size=site.head_size or 0, value_size=site.value_head_size or 0,
-            elem_type=int(ELEM_TYPES[site.dtype]), same_length=site.axes.queries == site.axes.keys,
-        )  # fmt: skip
+            node=node,
+            heads=site.heads,
+            kv_heads=site.kv_heads,
+            head_size=site.head_size or 0,
+            value_size=site.value_head_size or 0,
+            elem_type=int(ELEM_TYPES[site.dtype]),
+            same_length=site.axes.queries == site.axes.keys,
+        )
     )
     if isinstance(lowering, Unsupported):
-        return Refutation(code="emit", reason=lowering.reason, node=site.node, kind=replacement.proof.kind, band=replacement.proof.mask)
+        return Refutation(
+            code="emit",
+            reason=lowering.reason,
+            node=site.node,
+            kind=replacement.proof.kind,
+            band=replacement.proof.mask,
+        )
     output = _insert(splicer, before, lowering, names, str(node.output[0]))
     splicer.replace(old, splicer.merge_heads(before, output) if site.merged_output else output)
     return replacement
 
 
-def _insert(splicer: Splicer, before: ir.Node, nodes: tuple[onnx.NodeProto, ...], names: dict[str, ir.Value], result: str) -> ir.Value:
+def _insert(
+    splicer: Splicer, before: ir.Node, nodes: tuple[onnx.NodeProto, ...], names: dict[str, ir.Value], result: str
+) -> ir.Value:
     """The nodes before an existing one; `names` holds the values that they read and gains those that they make."""
     for proto in nodes:
         made = ir.Node(

@@ -42,7 +42,14 @@ class Splicer:
         new.name = name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
-    def add(self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object] | None = None, domain: str = "") -> ir.Value:
+    def add(
+        self,
+        before: ir.Node,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, object] | None = None,
+        domain: str = "",
+    ) -> ir.Value:
         """One more node with one output, before an existing one."""
         self._made += 1
         node = ir.node(op, inputs, attributes=attributes or {}, domain=domain, name=f"swacompile_{op}_{self._made}")  # type: ignore[arg-type]
@@ -99,7 +106,9 @@ class Splicer:
     def merge_heads(self, before: ir.Node, output: ir.Value) -> ir.Value:
         """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""
         shape = self.add(before, "Shape", [output])
-        tail = self.add(before, "Slice", [shape, self.constant(np.asarray([2]), "two"), self.constant(np.asarray([4]), "four")])
+        tail = self.add(
+            before, "Slice", [shape, self.constant(np.asarray([2]), "two"), self.constant(np.asarray([4]), "four")]
+        )
         target = self.add(before, "Concat", [self.constant(np.asarray([-1]), "flat"), tail], {"axis": 0})
         return self.add(before, "Reshape", [output, target])
 
@@ -127,7 +136,9 @@ def save(source: OnnxModel, out: Path, *, force: bool) -> None:
             ir.save(source.model, Path(aside) / out.name)
             os.replace(Path(aside) / out.name, out)
     except OSError as error:
-        raise OutputError(f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path.") from error
+        raise OutputError(
+            f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path."
+        ) from error
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:

@@ -17,7 +17,11 @@ COLUMNS = ("#", "node", "heads", "size", "scale", "mask", "kind", "band", "proof
 
 def as_json(model: str, findings: Sequence[Finding]) -> dict[str, object]:
     """The document described in docs/inspect_format.md."""
-    return {"format_version": FORMAT_VERSION, "model": model, "attentions": [_attention(finding) for finding in findings]}
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model,
+        "attentions": [_attention(finding) for finding in findings],
+    }
 
 
 def _attention(finding: Finding) -> dict[str, object]:
@@ -40,7 +44,9 @@ def _attention(finding: Finding) -> dict[str, object]:
         "masked_rows": str(site.masked_rows) if site else None,
         "residuals": [str(residual.kind) for residual in verdict.residuals] if isinstance(verdict, BandProof) else [],
         "dialects": spellings(band) if band and proven else None,
-        "proof": {"method": verdict.method, "valid_for": list(verdict.valid_for)} if isinstance(verdict, BandProof) else None,
+        "proof": {"method": verdict.method, "valid_for": list(verdict.valid_for)}
+        if isinstance(verdict, BandProof)
+        else None,
         "refusal": _refusal(verdict) if isinstance(verdict, Refutation) else None,
     }
 
@@ -64,13 +70,17 @@ def _witness(witness: Witness) -> dict[str, object]:
 
 def print_findings(console: Console, model: str, findings: Sequence[Finding]) -> None:
     """A row an attention; below, each band in other tools' words and each refusal in full."""
-    table = Table(title=f"{model}: {len(findings)} attention{'s' * (len(findings) != 1)}", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=f"{model}: {len(findings)} attention{'s' * (len(findings) != 1)}", title_justify="left", box=SIMPLE
+    )
     for column in COLUMNS:
         table.add_column(column, overflow="fold")
     for number, finding in enumerate(findings):
         table.add_row(str(number), *_row(finding))
     console.print(table)
-    for band in dict.fromkeys(f.verdict.mask for f in findings if isinstance(f.verdict, BandProof) and f.verdict.kind is not Kind.FULL):
+    for band in dict.fromkeys(
+        f.verdict.mask for f in findings if isinstance(f.verdict, BandProof) and f.verdict.kind is not Kind.FULL
+    ):
         words = "; ".join(f"{name}: {text}" for name, text in spellings(band).items() if text)
         console.print(f"band {_band(band)} is {words}", markup=False, highlight=False, soft_wrap=True)
     for number, finding in enumerate(findings):
@@ -125,4 +135,6 @@ def print_outcomes(console: Console, outcomes: Sequence[Replacement | Refutation
             console.print(f"kept      {explain(outcome)}", markup=False, soft_wrap=True)
         else:
             band = outcome.proof.mask
-            console.print(f"replaced  {outcome.site.node}: band {band}, {_proof(outcome.proof)}", markup=False, soft_wrap=True)
+            console.print(
+                f"replaced  {outcome.site.node}: band {band}, {_proof(outcome.proof)}", markup=False, soft_wrap=True
+            )

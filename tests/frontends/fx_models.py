@@ -129,7 +129,10 @@ class Eager(Attend):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         batch, heads, length, size = query.shape
-        key, value = (t[:, :1, None].expand(batch, 1, heads, length, size).reshape(batch, heads, length, size) for t in (key, value))
+        key, value = (
+            t[:, :1, None].expand(batch, 1, heads, length, size).reshape(batch, heads, length, size)
+            for t in (key, value)
+        )
         scores = torch.matmul(query, key.transpose(2, 3)) * size**-0.5
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -156,7 +159,9 @@ class Einsum(Attend):
 
 
 class Padded(Attend):
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor
+    ) -> torch.Tensor:
         batch, length = padding.shape
         q, k = (line[None, None] for line in positions(length))
         seen = padding.bool()[torch.arange(batch)[:, None, None, None], k]
@@ -175,7 +180,9 @@ class Noisy(Attend):
 class Positioned(Attend):
     """Packed sequences whose positions are an input."""
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
         return scaled_dot_product_attention(query, key, value, attn_mask=packed_at(places, self.window)[:, None])
 
 
@@ -186,7 +193,14 @@ class Decode(torch.nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> torch.Tensor:
         past = past_key.shape[2]
         key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
         q, k = torch.arange(query.shape[2])[:, None] + past, torch.arange(key.shape[2])[None]
@@ -203,7 +217,9 @@ class StaticCache(torch.nn.Module):
             self.register_buffer(name, torch.zeros(1, HEADS, capacity, HEAD_SIZE))
         self.register_buffer("length", torch.zeros((), dtype=torch.long))
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
         self.length.copy_(position[0])
         places = torch.arange(query.shape[2]) + self.length
         self.keys.index_copy_(2, places, key)
@@ -218,7 +234,9 @@ class ConstantMasks(torch.nn.Module):
     def __init__(self, window: int, capacity: int = 24) -> None:
         super().__init__()
         causal = torch.tril(torch.ones(capacity, capacity, dtype=torch.bool))
-        self.register_buffer("window", (causal ^ torch.tril(causal, -window)).view(1, 1, capacity, capacity), persistent=False)
+        self.register_buffer(
+            "window", (causal ^ torch.tril(causal, -window)).view(1, 1, capacity, capacity), persistent=False
+        )
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         length = query.shape[2]

@@ -47,7 +47,14 @@ def refusal_of(model: FxModel) -> Refutation:
     return verdict
 
 
-def export(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = None, *, core: bool = False, strict: bool = False) -> FxModel:
+def export(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    *,
+    core: bool = False,
+    strict: bool = False,
+) -> FxModel:
     program = torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=strict)
     return read_exported_program(program.run_decompositions() if core else program)
 
@@ -84,13 +91,19 @@ def test_spellings_of_bands(mask, form):
 def test_hidden_axes_of_vmap(mask):
     for window in (4, 5):
         model = export(spelled.Attend(mask, window), operands())
-        assert any(node.target.__name__ == "_add_batch_dim" for node in model.module.graph.nodes if callable(node.target) and hasattr(node.target, "__name__"))
+        assert any(
+            node.target.__name__ == "_add_batch_dim"
+            for node in model.module.graph.nodes
+            if callable(node.target) and hasattr(node.target, "__name__")
+        )
         proof = proof_of(model)
         assert (proof.mask.left, proof.mask.right) == band_of(mask(LENGTH, window, None))
 
 
 def test_strict_export_is_read_alike():
-    assert proof_of(export(spelled.Attend(spelled.and_of_halves, 4), operands(), GROWING, strict=True)).mask == BandMask(left=3, right=0)
+    assert proof_of(
+        export(spelled.Attend(spelled.and_of_halves, 4), operands(), GROWING, strict=True)
+    ).mask == BandMask(left=3, right=0)
 
 
 def test_a_window_wider_than_the_length_is_not_invented():
@@ -120,7 +133,9 @@ def test_padding_is_a_factor_of_the_band():
     shapes = ({0: batch, **LONG}, {0: batch, **LONG}, {0: batch, **LONG}, {0: batch, 1: LONG[2]})
     padding = torch.ones(2, LENGTH, dtype=torch.long)
     for core in (False, True):
-        proof = proof_of(export(spelled.Padded(spelled.and_of_halves, 4), (*operands(batch=2), padding), shapes, core=core))
+        proof = proof_of(
+            export(spelled.Padded(spelled.and_of_halves, 4), (*operands(batch=2), padding), shapes, core=core)
+        )
         assert proof.mask == BandMask(left=3, right=0)
         (residual,) = proof.residuals
         assert residual.kind is ResidualKind.KEY_PADDING
@@ -129,7 +144,9 @@ def test_padding_is_a_factor_of_the_band():
 
 def test_random_data_are_refused_by_name():
     noise = torch.randn(LENGTH, LENGTH)
-    refusal = refusal_of(export(spelled.Noisy(spelled.and_of_halves, 4), (*operands(), noise), (*GROWING, {0: LONG[2], 1: LONG[2]})))
+    refusal = refusal_of(
+        export(spelled.Noisy(spelled.and_of_halves, 4), (*operands(), noise), (*GROWING, {0: LONG[2], 1: LONG[2]}))
+    )
     assert refusal.code == "data-dependent"
     assert "gt" in refusal.reason
 
@@ -217,16 +234,22 @@ def test_static_cache_counts_from_the_position(queries):
 
 def test_constant_masks_and_a_second_one():
     for window in (4, 5):
-        assert proof_of(export(spelled.ConstantMasks(window), operands(), GROWING)).mask == BandMask(left=window - 1, right=0)
+        assert proof_of(export(spelled.ConstantMasks(window), operands(), GROWING)).mask == BandMask(
+            left=window - 1, right=0
+        )
 
 
 # -------------------------------------------------------------------------------------------------- graphs and files
 
 
 def test_a_graph_module_is_exported_with_its_example_inputs():
-    graph = torch.fx.symbolic_trace(spelled.Attend(lambda _, window, __: spelled.and_of_halves(LENGTH, window, None), 4))
+    graph = torch.fx.symbolic_trace(
+        spelled.Attend(lambda _, window, __: spelled.and_of_halves(LENGTH, window, None), 4)
+    )
     assert proof_of(read_graph_module(graph, operands())).mask == BandMask(left=3, right=0)
-    with pytest.raises(ModelError, match="expected ATen operators with metadata, found an FX graph without. Give example inputs"):
+    with pytest.raises(
+        ModelError, match="expected ATen operators with metadata, found an FX graph without. Give example inputs"
+    ):
         read_graph_module(graph)
     with pytest.raises(ModelError, match="cannot be exported with these example inputs"):
         read_graph_module(graph, operands(LENGTH + 1))
@@ -281,14 +304,21 @@ def test_damaged_files(tmp_path):
     torch.export.save(torch.export.export(spelled.Attend(spelled.and_of_halves, 4), operands()), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"expected a .pt2 archive, found \d+ bytes that are none .* The file is damaged, truncated"):
+    with pytest.raises(
+        ModelError, match=r"expected a .pt2 archive, found \d+ bytes that are none .* The file is damaged, truncated"
+    ):
         read_pt2(path)
     path.write_bytes(whole)
     _rewritten(path, lambda name, data: data.replace(b"ops.aten.scaled", b"ops.mine.scaled"))
-    with pytest.raises(ModelError, match=r"cannot be loaded \(.*mine.scaled.* uses custom operators of a package that must be imported first"):
+    with pytest.raises(
+        ModelError,
+        match=r"cannot be loaded \(.*mine.scaled.* uses custom operators of a package that must be imported first",
+    ):
         read_pt2(path)
     _rewritten(path, lambda name, data: None if name.endswith("model.json") else data)
-    with pytest.raises(ModelError, match="expected a program that torch.export.save wrote, found an archive without one"):
+    with pytest.raises(
+        ModelError, match="expected a program that torch.export.save wrote, found an archive without one"
+    ):
         read_pt2(path)
 
 
@@ -318,9 +348,15 @@ def corpus_programs() -> list[Any]:
     if not folder:
         return []
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    programs = [artifact for artifact in manifest["artifacts"] if artifact["file"].endswith(".pt2") and artifact["status"] == "ok"]
+    programs = [
+        artifact
+        for artifact in manifest["artifacts"]
+        if artifact["file"].endswith(".pt2") and artifact["status"] == "ok"
+    ]
     return [
-        pytest.param(Path(folder) / artifact["file"], manifest["models"][artifact["model"]]["layers"], id=artifact["file"])
+        pytest.param(
+            Path(folder) / artifact["file"], manifest["models"][artifact["model"]]["layers"], id=artifact["file"]
+        )
         for artifact in programs
     ]
 

@@ -36,7 +36,9 @@ def exported(function: Function, **options: Any) -> FxModel:
     return read_exported_program(torch.export.export(Module(function), (X, M), **options))
 
 
-def check(model: FxModel, inputs: dict[str, np.ndarray], expected: np.ndarray, *, output: int = 0, opaque: bool = False) -> None:
+def check(
+    model: FxModel, inputs: dict[str, np.ndarray], expected: np.ndarray, *, output: int = 0, opaque: bool = False
+) -> None:
     """The formula of an output equals the expected array in every cell; `opaque` where it may not say more than "data"."""
     reading = read_masks(model.graph)
     tensor = reading.tensors[model.graph.outputs[output]]
@@ -53,7 +55,11 @@ def check(model: FxModel, inputs: dict[str, np.ndarray], expected: np.ndarray, *
 
 def _value(cell: Expr, inputs: dict[str, np.ndarray]) -> Any:
     number = const_real(cell)
-    return number if number is not None else evaluate(cell, {}, lambda node, args: inputs[node.name][tuple(map(int, args))].item())
+    return (
+        number
+        if number is not None
+        else evaluate(cell, {}, lambda node, args: inputs[node.name][tuple(map(int, args))].item())
+    )
 
 
 OPERATORS: dict[str, Function] = {
@@ -139,7 +145,9 @@ def test_operators_are_read_as_torch_computes_them(all_operators, position):
 
 def test_operators_after_decomposition():
     functions = [function for name, function in OPERATORS.items() if name not in ("cumsum_ones", "copy")]
-    program = torch.export.export(Module(lambda s, x, m: tuple(f(s, x, m) for f in functions)), (X, M)).run_decompositions()
+    program = torch.export.export(
+        Module(lambda s, x, m: tuple(f(s, x, m) for f in functions)), (X, M)
+    ).run_decompositions()
     model = read_exported_program(program)
     for position, function in enumerate(functions):
         check(model, {"x": X.numpy(), "m": M.numpy()}, np.asarray(function(Module(function), X, M)), output=position)
@@ -213,7 +221,16 @@ def _old_value_kept(s, x, m):
     return copied
 
 
-WRITES = (_slice_written, _row_written_through_view, _view_read_after_write, _sibling_view, _chain, _logic_in_place, _through_identity, _old_value_kept)
+WRITES = (
+    _slice_written,
+    _row_written_through_view,
+    _view_read_after_write,
+    _sibling_view,
+    _chain,
+    _logic_in_place,
+    _through_identity,
+    _old_value_kept,
+)
 
 
 @pytest.mark.parametrize("function", WRITES, ids=lambda f: f.__name__.strip("_"))

@@ -22,7 +22,9 @@ def run(path: Path, feeds: dict[str, np.ndarray], library: Path | None = None) -
     options = onnxruntime.SessionOptions()
     if library is not None:
         options.register_custom_ops_library(str(library))
-    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
+        None, feeds
+    )[0]
     return result
 
 
@@ -83,7 +85,14 @@ attention ({inputs}) => ({dtype}[{out_dims}] out)
 
 
 def built(tmp_path: Path, body: str, **words: str) -> Path:
-    defaults = {"dtype": "float", "lowest": "-3.4028235e38", "more": "", "sized": "query", "axis": "two", "out_dims": "batch,2,length,8"}
+    defaults = {
+        "dtype": "float",
+        "lowest": "-3.4028235e38",
+        "more": "",
+        "sized": "query",
+        "axis": "two",
+        "out_dims": "batch,2,length,8",
+    }
     text = ATTENTION.format(body=body, **(defaults | words))
     return models.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
 
@@ -241,7 +250,9 @@ def test_other_operators(emit, operator, tmp_path):
 
 
 def test_what_group_query_attention_cannot_say(corpus, tmp_path):
-    done = pipeline.rewrite(corpus / "mistral" / "onnx-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ORT_GQA)
+    done = pipeline.rewrite(
+        corpus / "mistral" / "onnx-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ORT_GQA
+    )
     assert not done.replaced
     assert all(kept.code == "emit" and "padding at the end" in kept.reason for kept in done.outcomes)
     assert not (tmp_path / "out.onnx").exists()
@@ -249,4 +260,6 @@ def test_what_group_query_attention_cannot_say(corpus, tmp_path):
 
 def test_model_too_old_for_attention(corpus, tmp_path):
     with pytest.raises(ModelError, match="opset 18 or later"):
-        pipeline.rewrite(corpus / "mistral" / "ts-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ONNX_ATTENTION)
+        pipeline.rewrite(
+            corpus / "mistral" / "ts-sdpa-dyn-pad.onnx", tmp_path / "out.onnx", emit=pipeline.Emit.ONNX_ATTENTION
+        )

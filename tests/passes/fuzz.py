@@ -59,7 +59,11 @@ def main() -> int:
     found: Counter[tuple[str, str]] = Counter()
     for seed, kind, judgement in outcomes(range(given.seed, given.seed + given.count), given.minutes, given.processes):
         found[kind, judgement] += 1
-        if judgement in WRONG or judgement.startswith("error") or (kind in ("band", "array") and judgement != Judgement.PROVEN):
+        if (
+            judgement in WRONG
+            or judgement.startswith("error")
+            or (kind in ("band", "array") and judgement != Judgement.PROVEN)
+        ):
             print(f"seed {seed}: {kind} {judgement}", flush=True)
     return report(found)
 
@@ -72,7 +76,9 @@ def report(found: Counter[tuple[str, str]]) -> int:
     share = proven / max(1, sum(true.values()))
     wrong = sum(count for (_, judgement), count in found.items() if judgement in WRONG or judgement.startswith("error"))
     false = sum(count for (_, judgement), count in found.items() if judgement == Judgement.FALSE_PROOF)
-    print(f"{sum(found.values())} cases: {false} false proofs, {wrong} wrong answers of any sort, {share:.3%} of true bands proven")
+    print(
+        f"{sum(found.values())} cases: {false} false proofs, {wrong} wrong answers of any sort, {share:.3%} of true bands proven"
+    )
     return 0 if wrong == 0 and share >= 0.99 else 1
 
 

@@ -99,7 +99,10 @@ def _sizes(draw: Draw) -> tuple[str, str]:
 
 
 def _band(draw: Draw, queries: str, keys: str) -> BandMask:
-    near = [*BOUNDS, *(int(n) + step for n in (queries, keys) if n.isdigit() for step in (-1, 0, 1) if int(n) + step >= 0)]
+    near = [
+        *BOUNDS,
+        *(int(n) + step for n in (queries, keys) if n.isdigit() for step in (-1, 0, 1) if int(n) + step >= 0),
+    ]
     side: Callable[[], int | None] = lambda: draw.one(None, *[draw.of(near) for _ in range(6)], draw.of(HUGE), 0)  # noqa: E731
     left, right = side(), side()
     if draw.maybe(0.15) and right is not None:
@@ -195,9 +198,17 @@ def _above(text: Text, position: str, left: int) -> str:
         lambda: text.node("Greater", "k", text.node("Sub", position, text.number(left + 1))),
         lambda: text.node("Less", behind(), text.number(left + 1)),
         lambda: text.node("Not", text.node("Less", "k", text.node("Add", position, text.number(-left)))),
-        lambda: text.node("Less", text.node("Mul", behind(), text.number(factor)), text.number(factor * (left + 1) - draw.below(factor))),
+        lambda: text.node(
+            "Less",
+            text.node("Mul", behind(), text.number(factor)),
+            text.number(factor * (left + 1) - draw.below(factor)),
+        ),
         lambda: text.node("Equal", text.node("Max", behind(), text.number(left)), text.number(left)),
-        lambda: text.node("LessOrEqual", text.node("Div", text.node("Max", behind(), "i0"), text.number(left + 1)), "i0") if left >= 0 else ways[0](),
+        lambda: (
+            text.node("LessOrEqual", text.node("Div", text.node("Max", behind(), "i0"), text.number(left + 1)), "i0")
+            if left >= 0
+            else ways[0]()
+        ),
         lambda: _as_float(text, behind(), "Less", left + 0.5) if abs(left) < 1 << 20 else ways[0](),
         lambda: _as_int32(text, behind(), "LessOrEqual", left) if abs(left) < 1 << 20 else ways[0](),
         lambda: text.node("Where", text.node("Greater", behind(), text.number(left)), "no", "yes"),
@@ -235,7 +246,9 @@ def _triangle(text: Text, position: str, right: int) -> str:
     """A lower triangle, where positions start at 0."""
     if position != "q" or abs(right) > 1 << 40:
         return text.node("LessOrEqual", "k", text.node("Add", position, text.number(right)))
-    shape = text.node("Concat", text.node("Unsqueeze", "S", "axis0"), text.node("Unsqueeze", "T", "axis0"), attributes="axis = 0")
+    shape = text.node(
+        "Concat", text.node("Unsqueeze", "S", "axis0"), text.node("Unsqueeze", "T", "axis0"), attributes="axis = 0"
+    )
     ones = text.node("Expand", text.node("Cast", "yes", attributes="to = 7"), shape)
     cut = text.node("Trilu", ones, text.number(right), attributes="upper = 0")
     return text.node("Cast", cut, attributes="to = 9")
@@ -247,7 +260,9 @@ def _moved(text: Text, seen: str) -> str:
     return draw.one(
         lambda: seen,
         lambda: seen,
-        lambda: text.node("Transpose", text.node("Transpose", seen, attributes="perm = [1, 0]"), attributes="perm = [1, 0]"),
+        lambda: text.node(
+            "Transpose", text.node("Transpose", seen, attributes="perm = [1, 0]"), attributes="perm = [1, 0]"
+        ),
         lambda: text.node("Unsqueeze", text.node("Unsqueeze", seen, "axis0"), "axis0"),
         lambda: text.node("Slice", seen, text.number(0, "int64[1]"), text.number(2**63 - 1, "int64[1]"), "axis1"),
         lambda: text.node("Gather", seen, "q_line", attributes="axis = 0"),
@@ -288,7 +303,9 @@ def mutant(draw: Draw) -> Case:
 Mutation = Callable[[Draw, Sequence[str], dict[str, str]], tuple[list[str], dict[str, str]] | None]
 
 
-def _swap_operation(draw: Draw, lines: Sequence[str], constants: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
+def _swap_operation(
+    draw: Draw, lines: Sequence[str], constants: dict[str, str]
+) -> tuple[list[str], dict[str, str]] | None:
     swaps = {
         "Greater": "GreaterOrEqual", "GreaterOrEqual": "Greater", "Less": "LessOrEqual", "LessOrEqual": "Less", "And": "Or", "Or": "And",
         "Add": "Sub", "Sub": "Add", "Xor": "Or", "Max": "Min", "Min": "Max",
@@ -305,15 +322,23 @@ def _operation(line: str) -> str:
     return re.match(r"\w+ = (\w+)", line).group(1)  # type: ignore[union-attr]
 
 
-def _shift_constant(draw: Draw, lines: Sequence[str], constants: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
-    names = [name for name in constants if name.startswith("int64 ") and any(re.search(rf"\b{name[6:]}\b", line) for line in lines)]
+def _shift_constant(
+    draw: Draw, lines: Sequence[str], constants: dict[str, str]
+) -> tuple[list[str], dict[str, str]] | None:
+    names = [
+        name
+        for name in constants
+        if name.startswith("int64 ") and any(re.search(rf"\b{name[6:]}\b", line) for line in lines)
+    ]
     if not names:
         return None
     name = draw.of(names)
     return list(lines), constants | {name: str(int(constants[name]) + draw.one(-1, 1))}
 
 
-def _drop_conjunct(draw: Draw, lines: Sequence[str], constants: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
+def _drop_conjunct(
+    draw: Draw, lines: Sequence[str], constants: dict[str, str]
+) -> tuple[list[str], dict[str, str]] | None:
     places = [i for i, line in enumerate(lines) if _operation(line) in ("And", "Or", "Not")]
     if not places:
         return None
@@ -322,8 +347,14 @@ def _drop_conjunct(draw: Draw, lines: Sequence[str], constants: dict[str, str]) 
     return [*lines[:at], f"{name} = Identity({draw.of(operands.split(', '))})", *lines[at + 1 :]], constants
 
 
-def _swap_operands(draw: Draw, lines: Sequence[str], constants: dict[str, str]) -> tuple[list[str], dict[str, str]] | None:
-    places = [i for i, line in enumerate(lines) if _operation(line) in ("Sub", "Greater", "Less", "LessOrEqual", "GreaterOrEqual")]
+def _swap_operands(
+    draw: Draw, lines: Sequence[str], constants: dict[str, str]
+) -> tuple[list[str], dict[str, str]] | None:
+    places = [
+        i
+        for i, line in enumerate(lines)
+        if _operation(line) in ("Sub", "Greater", "Less", "LessOrEqual", "GreaterOrEqual")
+    ]
     if not places:
         return None
     at = draw.of(places)
@@ -351,6 +382,11 @@ def array_case(draw: Draw, *, flipped: bool) -> Case:
     if form == "added":
         array = np.where(array, np.float32(0), np.float32(draw.one(np.finfo(np.float32).min, -np.inf)))
     model = MaskModel(
-        body=f"result = Identity({'array'})", result="result", form=form, arrays={"array": array}, queries=str(queries), keys=str(keys)
+        body=f"result = Identity({'array'})",
+        result="result",
+        form=form,
+        arrays={"array": array},
+        queries=str(queries),
+        keys=str(keys),
     )
     return Case(model=model, band=None if flipped else band)

@@ -36,7 +36,10 @@ class Judged:
 
 def judge(case: Case) -> Judged:
     verdict = verdict_on(case.model)
-    return Judged(judgement=_proof(case, verdict) if isinstance(verdict, BandProof) else _refutation(case, verdict), verdict=verdict)
+    return Judged(
+        judgement=_proof(case, verdict) if isinstance(verdict, BandProof) else _refutation(case, verdict),
+        verdict=verdict,
+    )
 
 
 def _proof(case: Case, proof: BandProof) -> Judgement:
@@ -61,7 +64,12 @@ def _sizes(case: Case, band: BandMask) -> list[tuple[int, int]]:
     """Small sizes that the model takes, and such as just show the band's edges."""
     queries, keys = case.model.queries, case.model.keys
     edges = [abs(bound) for bound in (band.left, band.right) if bound is not None and abs(bound) < 1200]
-    sizes = [*SIZES, *((edge + 2, edge + 3) for edge in edges), *((2, edge + 4) for edge in edges), *((edge + 4, 2) for edge in edges)]
+    sizes = [
+        *SIZES,
+        *((edge + 2, edge + 3) for edge in edges),
+        *((2, edge + 4) for edge in edges),
+        *((edge + 4, 2) for edge in edges),
+    ]
     fixed = ((int(queries) if queries.isdigit() else s, int(keys) if keys.isdigit() else t) for s, t in sizes)
     return list(dict.fromkeys((s, s) if keys == queries else (s, t) for s, t in fixed))
 
@@ -117,7 +125,9 @@ def _refutation(case: Case, refutation: Refutation) -> Judgement:
         return Judgement.REFUSED
     if refutation.code == "all-hidden":
         found = (_cells(case, *sizes) for sizes in _sizes(case, BandMask(left=0, right=0)))
-        return Judgement.FALSE_WITNESS if any(cells is not None and cells.any() for cells in found) else Judgement.REFUSED
+        return (
+            Judgement.FALSE_WITNESS if any(cells is not None and cells.any() for cells in found) else Judgement.REFUSED
+        )
     witness, band = refutation.witness, refutation.band or _nearest(refutation.reason)
     if witness is None:
         return Judgement.NO_WITNESS if refutation.code in WITH_WITNESS else Judgement.REFUSED

@@ -32,9 +32,12 @@ POSITIONS = """
   q = Unsqueeze(q_line, axis1)
   k = Unsqueeze(k_line, axis0)
 """
-NUMBERS = """int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] axis0 = {0}, int64[1] axis1 = {1}, int64[1] axis2 = {2},
+NUMBERS = (
+    """int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] axis0 = {0}, int64[1] axis1 = {1}, int64[1] axis2 = {2},
   int64[1] axis01 = {0}, float zero = {0.0}, float one = {1.0}, float lowest = {%s}, float minus_inf = {-inf},
-  bool yes = {1}, bool no = {0}""" % LOWEST
+  bool yes = {1}, bool no = {0}"""
+    % LOWEST
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,8 @@ class MaskModel:
         b, s, t = self.batch, self.queries, self.keys
         text = f"""<ir_version: 8, opset_import: ["" : {self.opset}]>
         attention (float[{b},{HEADS},{s},{HEAD_SIZE}] query, float[{b},{HEADS},{t},{HEAD_SIZE}] key, float[{b},{HEADS},{t},{HEAD_SIZE}] value
-          {', ' + self.inputs if self.inputs else ''} {scores}) => ({output})
-        <{NUMBERS}, float scale = {{{HEAD_SIZE**-0.5}}} {', ' + declared if declared else ''}>
+          {", " + self.inputs if self.inputs else ""} {scores}) => ({output})
+        <{NUMBERS}, float scale = {{{HEAD_SIZE**-0.5}}} {", " + declared if declared else ""}>
         {{ {POSITIONS} {tail} }}"""
         model = onnx.parser.parse_model(text)
         model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in self.arrays.items())
@@ -140,7 +143,11 @@ def assert_is(model: MaskModel, band: BandMask, sizes: tuple[tuple[int, int], ..
     """The mask's cells at these (queries, keys) are those of the band."""
     for queries, keys in sizes:
         cells = model.cells(queries, keys, **feeds)
-        assert np.array_equal(cells, np.broadcast_to(band_cells(band, queries, keys), cells.shape)), (band, queries, keys)
+        assert np.array_equal(cells, np.broadcast_to(band_cells(band, queries, keys), cells.shape)), (
+            band,
+            queries,
+            keys,
+        )
 
 
 def size_of(witness: Witness, name: str, default: int) -> int:

@@ -71,7 +71,10 @@ def causal(ending: str, **options: object) -> MaskModel:
 BANDS = {
     "M1 and of halves": (causal("a = And(yes, band) seen = And(yes, a)"), (3, 0)),
     "M3 symmetric": (
-        model("d = Sub(q, k) a = Abs(d) near = LessOrEqual(a, w) all = GreaterOrEqual(q, i0) seen = And(near, all)", constants=W4),
+        model(
+            "d = Sub(q, k) a = Abs(d) near = LessOrEqual(a, w) all = GreaterOrEqual(q, i0) seen = And(near, all)",
+            constants=W4,
+        ),
         (4, 4),
     ),
     "M4 two half bands": (
@@ -88,7 +91,8 @@ BANDS = {
     ),
     "M9 difference of triangles": (
         model(
-            ONES + "l = Trilu<upper = 0>(ones, i0) f = Trilu<upper = 0>(ones, w) lb = Cast<to = 9>(l) fb = Cast<to = 9>(f) seen = Xor(lb, fb)",
+            ONES
+            + "l = Trilu<upper = 0>(ones, i0) f = Trilu<upper = 0>(ones, w) lb = Cast<to = 9>(l) fb = Cast<to = 9>(f) seen = Xor(lb, fb)",
             constants={"int64 w": "-4"},
         ),
         (3, 0),
@@ -99,7 +103,9 @@ BANDS = {
     ),
     "O4 multiplied": (causal("n = Not(band) c = Cast<to = 1>(n) m = Mul(c, lowest)", result="m", form="added"), (3, 0)),
     "two masks summed": (
-        causal("a = Where(near, zero, minus_inf) b = Where(past, zero, lowest) m = Add(a, b)", result="m", form="added"),
+        causal(
+            "a = Where(near, zero, minus_inf) b = Where(past, zero, lowest) m = Add(a, b)", result="m", form="added"
+        ),
         (3, 0),
     ),
     "the lower of two masks": (
@@ -107,7 +113,9 @@ BANDS = {
         (3, 0),
     ),
     "running sum of ones": (
-        model("n = Shape(k_line) o = Expand(i1, n) c = CumSum(o, i0) up = Unsqueeze(c, axis0) seen = LessOrEqual(up, q)"),
+        model(
+            "n = Shape(k_line) o = Expand(i1, n) c = CumSum(o, i0) up = Unsqueeze(c, axis0) seen = LessOrEqual(up, q)"
+        ),
         (None, -1),
     ),
     "running sum from the end": (
@@ -120,7 +128,10 @@ BANDS = {
     "division toward zero": (model("d = Sub(q, k) x = Div(d, w) seen = Equal(x, i0)", constants=W4), (3, 3)),
     "a square of a constant": (model("d = Sub(q, k) a = Abs(d) s = Pow(i2, i2) seen = LessOrEqual(a, s)"), (4, 4)),
     "one key": (model("d = Sub(q, k) e = Cast<to = 9>(d) seen = Not(e)"), (0, 0)),
-    "fraction": (model("d = Sub(q, k) f = Cast<to = 1>(d) a = Abs(f) seen = Less(a, x)", constants={"float x": "2.5"}), (2, 2)),
+    "fraction": (
+        model("d = Sub(q, k) f = Cast<to = 1>(d) a = Abs(f) seen = Less(a, x)", constants={"float x": "2.5"}),
+        (2, 2),
+    ),
     "behind the query only": (
         model("d = Sub(q, k) a = GreaterOrEqual(d, i2) b = LessOrEqual(d, w) seen = And(a, b)", constants=W4),
         (4, -2),
@@ -186,15 +197,21 @@ def test_lengths_are_padding() -> None:
 
 
 def test_padding_of_queries_is_refused() -> None:
-    refusal = verdict_on(causal("p1 = Unsqueeze(pad, axis2) p2 = Unsqueeze(p1, axis1) seen = And(band, p2)", inputs="bool[B,S] pad"))
+    refusal = verdict_on(
+        causal("p1 = Unsqueeze(pad, axis2) p2 = Unsqueeze(p1, axis1) seen = And(band, p2)", inputs="bool[B,S] pad")
+    )
     assert isinstance(refusal, Refutation)
     assert refusal.code == "data-dependent" and "pad" in refusal.reason
 
 
 def test_segments_become_an_operand() -> None:
-    proof = verdict_on(causal(LABELS + "same = Equal(lq, lk) seen = And(band, same)", inputs="int64[B,S] label", keys="S"))
+    proof = verdict_on(
+        causal(LABELS + "same = Equal(lq, lk) seen = And(band, same)", inputs="int64[B,S] label", keys="S")
+    )
     assert isinstance(proof, BandProof)
-    assert [(residual.kind, str(residual.data)) for residual in proof.residuals] == [(ResidualKind.SEGMENTS, "label[b, k]")]
+    assert [(residual.kind, str(residual.data)) for residual in proof.residuals] == [
+        (ResidualKind.SEGMENTS, "label[b, k]")
+    ]
 
 
 def test_segments_of_queries_must_stand_where_the_band_does() -> None:
@@ -231,16 +248,27 @@ def test_packed_positions_that_are_an_input_leave_segments() -> None:
 
 def test_packed_positions_with_other_labels_are_refused() -> None:
     """Labels that stay the same where positions jump say nothing of the distance."""
-    refusal = verdict_on(model(PACKED.replace("Equal(step, i1)", "LessOrEqual(step, i2)"), constants=PACKED_NUMBERS, keys="S", inputs="int64[B,S] pos"))
+    refusal = verdict_on(
+        model(
+            PACKED.replace("Equal(step, i1)", "LessOrEqual(step, i2)"),
+            constants=PACKED_NUMBERS,
+            keys="S",
+            inputs="int64[B,S] pos",
+        )
+    )
     assert isinstance(refusal, Refutation)
     assert refusal.code == "data-dependent" and "pos" in refusal.reason
 
 
 def test_a_bias_is_named_beside_its_band() -> None:
-    proof = verdict_on(causal("m0 = Where(band, zero, lowest) m = Add(m0, rel)", result="m", form="added", inputs="float[1,2,S,T] rel"))
+    proof = verdict_on(
+        causal("m0 = Where(band, zero, lowest) m = Add(m0, rel)", result="m", form="added", inputs="float[1,2,S,T] rel")
+    )
     assert isinstance(proof, BandProof)
     assert proof.mask == BandMask(left=3, right=0)
-    assert [(residual.kind, str(residual.data)) for residual in proof.residuals] == [(ResidualKind.BIAS, "rel[0, h, q, k]")]
+    assert [(residual.kind, str(residual.data)) for residual in proof.residuals] == [
+        (ResidualKind.BIAS, "rel[0, h, q, k]")
+    ]
 
 
 @pytest.mark.parametrize("distance", ["Identity(d)", "Neg(a)", "Sub(k, i2)"])
@@ -250,7 +278,10 @@ def test_alibi_is_named(distance: str) -> None:
     slopes = np.array([0.5, 0.25], np.float32).reshape(2, 1, 1)
     proof = verdict_on(causal(body, result="m", form="added", arrays={"slopes": slopes}))
     assert isinstance(proof, BandProof)
-    assert (proof.mask, [residual.kind for residual in proof.residuals]) == (BandMask(left=None, right=0), [ResidualKind.ALIBI])
+    assert (proof.mask, [residual.kind for residual in proof.residuals]) == (
+        BandMask(left=None, right=0),
+        [ResidualKind.ALIBI],
+    )
 
 
 def test_a_slope_on_both_sides_is_a_bias() -> None:
@@ -382,7 +413,9 @@ def test_zeroed_by_an_array() -> None:
 
 
 def test_zeroed_and_hidden_at_once_is_refused() -> None:
-    refusal = verdict_on(causal("b = Cast<to = 1>(near) z0 = Mul(scores, b) z = Where(past, z0, lowest)", result="z", form="scores"))
+    refusal = verdict_on(
+        causal("b = Cast<to = 1>(near) z0 = Mul(scores, b) z = Where(past, z0, lowest)", result="z", form="scores")
+    )
     assert isinstance(refusal, Refutation)
     assert (refusal.kind, refusal.code) == (Kind.ZEROED, "zeroed")
 
@@ -431,7 +464,9 @@ def test_constant_arrays_are_named(name: str, added: bool) -> None:
     cells, kind, words = ARRAYS[name]
     array = np.where(cells, np.float32(0), np.finfo(np.float32).min)[None, None] if added else cells
     n = str(cells.shape[0])
-    written = model("m = Identity(array)", result="m", form="added" if added else "seen", arrays={"array": array}, queries=n, keys=n)
+    written = model(
+        "m = Identity(array)", result="m", form="added" if added else "seen", arrays={"array": array}, queries=n, keys=n
+    )
     refusal = verdict_on(written)
     assert isinstance(refusal, Refutation)
     assert refusal.kind is kind and words in refusal.reason
@@ -442,7 +477,11 @@ def test_a_window_beyond_the_array_is_not_invented() -> None:
     cells = band_cells(BandMask(left=9, right=0), 8, 8)
     proof = verdict_on(model("seen = Identity(array)", arrays={"array": cells}, queries="8", keys="8"))
     assert isinstance(proof, BandProof)
-    assert (proof.kind, proof.mask, proof.valid_for) == (Kind.FULL, BandMask(left=None, right=0), ("queries == 8", "keys == 8"))
+    assert (proof.kind, proof.mask, proof.valid_for) == (
+        Kind.FULL,
+        BandMask(left=None, right=0),
+        ("queries == 8", "keys == 8"),
+    )
 
 
 def test_a_sliced_array_is_a_band_within_its_size() -> None:
