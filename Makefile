@@ -21,5 +21,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev,torch,examples]'
 	touch $@
 
+N ?= 100000
+fuzz: $(VENV)/ready
+	$(RUN) -m tests.passes.fuzz $(N)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
