@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from swacompile.attention import Attention, BandProof, Finding, Kind, Refutation, Residual, ResidualKind
 from swacompile.index_expr import ONE, ZERO, Expr, Op, Sort, eq, not_
+from swacompile.passes.index_tensor import broadcast_index
 from swacompile.passes.read_masks import Reading
 
 NO_BOUND = -1
@@ -123,10 +124,13 @@ def _operand(reading: Reading, site: Attention, residual: Residual) -> RunTimeOp
         boolean = tensor.dtype == "bool"
         if tensor.rank != 2 or boolean != (wanted is Sort.BOOL) or not _fits(reading, name, site):
             continue
-        if reading.sizes.resolve(tensor.at(*place)) == data:
+        here = broadcast_index(place, reading.extents(name) or tensor.shape)
+        if reading.sizes.resolve(tensor.at(*here)) == data:
             return RunTimeOperand(value=name)
     source = _nonzero_of(data)
-    if source is not None and source.args == place and _fits(reading, source.name, site):
+    if source is not None and _fits(reading, source.name, site):
+        if source.args != broadcast_index(place, reading.extents(source.name) or ()):
+            return None
         return RunTimeOperand(value=source.name, nonzero=True)
     return None
 
