@@ -12,9 +12,9 @@ REASONS = ROOT / "docs" / "reasons.md"
 RAISED = {"NotReadable": 0, "NoGrid": 0, "_Refused": 0, "_refused": 2}
 VALUES = ("Verdict", "Refutation")
 # Codes that are made from a kind's or a residual's name.
-MADE = {
-    str(kind).replace("_", "-") for kind in (Kind.CHUNKED, Kind.DILATED, Kind.PREFIX, Kind.GLOBAL_PLUS_BAND)
-} | {str(kind) for kind in (ResidualKind.BIAS, ResidualKind.ALIBI)}
+MADE = {str(kind).replace("_", "-") for kind in (Kind.CHUNKED, Kind.DILATED, Kind.PREFIX, Kind.GLOBAL_PLUS_BAND)} | {
+    str(kind) for kind in (ResidualKind.BIAS, ResidualKind.ALIBI)
+}
 
 
 def codes() -> set[str]:
@@ -26,7 +26,9 @@ def codes_in(tree: ast.AST) -> Iterator[str]:
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
-        given: list[ast.expr] = [keyword.value for keyword in call.keywords if keyword.arg == "code" and call.func.id in VALUES]
+        given: list[ast.expr] = [
+            keyword.value for keyword in call.keywords if keyword.arg == "code" and call.func.id in VALUES
+        ]
         position = RAISED.get(call.func.id)
         given += [] if position is None or len(call.args) <= position else [call.args[position]]
         yield from (node.value for node in given if isinstance(node, ast.Constant) and isinstance(node.value, str))
