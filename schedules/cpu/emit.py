@@ -151,6 +151,12 @@ class Registers:
         store(self._buffer, value, index * self._lanes, lanes=self._lanes)
 
 
+def prefetch(buffer: Buffer, *index: Expr) -> None:
+    """Ask for the cache line of an element, into the second-level cache. The element need not exist."""
+    hints = [tirx.const(value, "int32") for value in (0, 2, 1)]  # to read, second level, data
+    builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[index]), *hints))
+
+
 def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
     """Lanes picked from the concatenation of `vectors`."""
     return let(tirx.Shuffle(list(vectors), [tirx.const(lane, "int32") for lane in lanes]))

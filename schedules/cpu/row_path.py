@@ -27,6 +27,7 @@ from swacompile.schedules.cpu.emit import (
     load,
     maximum,
     minimum,
+    prefetch,
     scratch,
     select,
     splat,
@@ -37,6 +38,7 @@ from swacompile.schedules.cpu.problem import Problem
 from swacompile.schedules.cpu.tiles import Tiles, split_columns
 from swacompile.schedules.cpu.vector_math import LOG2_E, exp2, reduce_lanes, sum_lanes, tanh
 
+CACHE_LINE = 64
 Piece = tuple[int, int]
 
 
@@ -138,7 +140,7 @@ class RowPath:
 
     def _emit_scores(self) -> None:
         """A block's dot products; a key is loaded once for all heads."""
-        problem, lanes = self._problem, self._tiles.lanes
+        problem = self._problem
         pieces = self._columns(problem.head_size)
         with for_range(0, self._key_count) as row:
             key = [
@@ -147,9 +149,14 @@ class RowPath:
                 )
                 for column, width in pieces
             ]
+            self._prefetch(problem.value, self._key0 + row, problem.value_size)
             for i in range(self._count):
                 store(self._memory.scores, self._dot(i, key, pieces), i * self._tiles.row_keys + row)
-        del lanes
+
+    def _prefetch(self, operand: Buffer, key: Expr, columns: int) -> None:
+        """A key's row: the products alternate between keys and values in blocks too short for the processor to foresee."""
+        for column in range(0, columns, CACHE_LINE // self._problem.elements.dtype.bytes):
+            prefetch(operand, self._batch, self._kv_head, key, i64(column))
 
     def _dot(self, head: int, key: list[Expr], pieces: list[Piece]) -> Expr:
         sums: dict[int, Expr] = {}
@@ -257,6 +264,8 @@ class RowPath:
                 )
                 for column, lanes in group
             ]
+            if group[0][0] == 0:
+                self._prefetch(problem.key, self._key0 + self._tiles.row_keys + row, problem.head_size)
             for i in range(self._count):
                 weight = load(memory.scores, i * self._tiles.row_keys + row)
                 for acc, value, (_, lanes) in zip(pieces, values, group, strict=True):
