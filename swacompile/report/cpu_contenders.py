@@ -14,8 +14,8 @@ Run = Callable[[], Any]
 
 ONNX_IR_VERSION = 10
 CHUNK_ROWS = 256
-MOST_SCORE_BYTES = 5e9
-MOST_DENSE_FLOPS = 1e12
+MOST_SCORE_BYTES = 1.2e9
+MOST_DENSE_FLOPS = 6e11
 
 
 class UnavailableError(Exception):

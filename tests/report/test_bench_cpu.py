@@ -26,7 +26,7 @@ def test_refused_cases() -> None:
     with pytest.raises(ValueError, match="divide"):
         replace(CASE, kv_heads=3)
     with pytest.raises(UnavailableError, match="GB of scores"):
-        replace(CASE, queries=40000, keys=40000).refuse_if_dense_is_too_much(stores_scores=True)
+        replace(CASE, queries=20000, keys=20000).refuse_if_dense_is_too_much(stores_scores=True)
 
 
 @pytest.mark.cpu
