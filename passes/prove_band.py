@@ -58,12 +58,22 @@ class Prover:
     """Proves masks of one model; a mask that several attentions share is proven once."""
 
     arrays: ArrayReader = field(default_factory=ArrayReader)
-    _known: dict[tuple[Expr | None, ...], Verdict] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
 
     def prove(self, site: Attention) -> BandProof | Refutation:
         """A proof that holds for every size named in its `valid_for`, or the reason why there is none."""
         axes = site.axes
-        key = (site.visible, site.zeroed, site.bias, axes.batch, axes.head, axes.query, axes.key, axes.given)
+        key = (
+            site.visible,
+            site.zeroed,
+            site.bias,
+            site.sinks is None,
+            axes.batch,
+            axes.head,
+            axes.query,
+            axes.key,
+            axes.given,
+        )
         if key not in self._known:
             self._known[key] = self._verdict(site)
         verdict = self._known[key]
@@ -86,7 +96,7 @@ class Prover:
             return Verdict(
                 code="sizes", reason=f"the sizes of the model's axes contradict one another: {site.axes.given}"
             )
-        added = () if site.bias is None else (_added(site.bias, site.visible, site.axes),)
+        added = () if site.bias is None else (_added(site.bias, site),)
         if site.zeroed != FALSE:
             return self._zeroed(site, added)
         if (moved := moved_band(site.visible, site.axes)) is not None:
@@ -133,9 +143,12 @@ class Prover:
         )
 
 
-def _added(bias: Expr, visible: Expr, axes: Axes) -> Residual:
-    """The additive term by its name: a slope a head times the distance, or any bias."""
-    slope = slope_of(bias, visible, axes)
+def _added(bias: Expr, site: Attention) -> Residual:
+    """The additive term by its name: a slope a head times the distance, or any bias.
+
+    Beside a sink a number that is the same for the whole row is no matter of indifference, and what slopes leave open is.
+    """
+    slope = slope_of(bias, site.visible, site.axes) if site.sinks is None else None
     return Residual(
         kind=ResidualKind.BIAS if slope is None else ResidualKind.ALIBI,
         condition=TRUE,

@@ -131,6 +131,13 @@ def verdict_on(model: MaskModel | onnx.ModelProto) -> BandProof | Refutation:
     return Prover(arrays=reading.arrays).prove(site) if isinstance(site, Attention) else site
 
 
+def site_of(model: MaskModel) -> Attention:
+    """The only attention of a model, which must be readable."""
+    (site,) = detect_attention(read_masks(graph_of(model.proto())))
+    assert isinstance(site, Attention), site
+    return site
+
+
 def band_cells(band: BandMask, queries: int, keys: int) -> np.ndarray:
     """The band as booleans (queries, keys), from its definition."""
     offset = keys - queries if band.alignment is Alignment.BOTTOM_RIGHT else 0

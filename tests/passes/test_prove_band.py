@@ -1,11 +1,14 @@
 """Each form of docs/masks.md: proven, with exactly its band, or named as what it is instead; and never more than that."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from swacompile.attention import BandProof, Kind, Refutation, ResidualKind
 from swacompile.band import Alignment, BandMask
-from tests.passes.masks import MaskModel, band_cells, verdict_on
+from swacompile.passes.prove_band import Prover
+from tests.passes.masks import MaskModel, band_cells, site_of, verdict_on
 
 W4 = {"int64 w": "4"}
 CAUSAL_BAND = """edge = Sub(q, w)
@@ -224,7 +227,7 @@ def test_segments_of_queries_must_stand_where_the_band_does() -> None:
     )
     refusal = verdict_on(model(body, constants=W4, inputs="int64[B,T] label"))
     assert isinstance(refusal, Refutation)
-    assert refusal.code in ("segments-place", "data-dependent")
+    assert refusal.code == "segments-place"
 
 
 def test_packed_positions_that_are_counted_are_a_band_alone() -> None:
@@ -282,6 +285,18 @@ def test_alibi_is_named(distance: str) -> None:
         BandMask(left=None, right=0),
         [ResidualKind.ALIBI],
     )
+
+
+def test_slopes_beside_a_sink_are_a_bias() -> None:
+    """Slopes leave open what is added to the whole row, which weighs against a sink."""
+    body = "f = Cast<to = 1>(k) g = Mul(f, slopes) m0 = Where(past, zero, lowest) m = Add(m0, g)"
+    slopes = np.array([0.5, 0.25], np.float32).reshape(2, 1, 1)
+    site = site_of(causal(body, result="m", form="added", arrays={"slopes": slopes}))
+    prover = Prover()
+    for sinks, kind in ((None, ResidualKind.ALIBI), (0.0, ResidualKind.BIAS)):
+        proof = prover.prove(replace(site, sinks=sinks))
+        assert isinstance(proof, BandProof)
+        assert [residual.kind for residual in proof.residuals] == [kind]
 
 
 def test_a_slope_on_both_sides_is_a_bias() -> None:
