@@ -30,7 +30,7 @@ class View:
 
 
 COPIES_WHERE_STRIDES_DEMAND = ("reshape", "flatten", "contiguous", "ravel", "view_as_real", "view_as_complex")
-RETURNS_OPERAND = ("to", "type_as", "dropout", "detach_", "alias", "detach", "lift_fresh", "expand_as")
+RETURNS_OPERAND = ("to", "type_as", "dropout", "detach_", "alias", "detach", "lift_fresh")
 WRITES_NOTHING = ("detach_", "requires_grad_", "retain_grad_")
 
 

@@ -1,6 +1,6 @@
 """One FX node as its operator's rule sees it, and what a rule answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,3 +143,28 @@ def op(name: str, *inputs: str, levels: tuple[int, ...] = (), **attrs: object) -
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def operand_node(argument: object) -> fx.Node:
+    if not isinstance(argument, fx.Node):
+        raise Untranslated(f"expected a tensor, found {argument!r}")
+    return argument
+
+
+def aligned(call: Call, name: str, operands: Sequence[object], **attrs: object) -> Result:
+    """An operation under broadcasting, also over axes that vmap hides: each level gets its axis in every operand."""
+    values = [None if call.is_number(operand) else call.graph.read(operand_node(operand)) for operand in operands]
+    levels = tuple(sorted({level for value in values if value for level in value.levels}))
+    if not levels:
+        return Result(op=name, inputs=tuple(call.operand(operand) for operand in operands), attrs=attrs)
+    rank = max(call.meta(operand).dim() for operand, value in zip(operands, values, strict=True) if value)
+    names = []
+    for operand, value in zip(operands, values, strict=True):
+        if value is None:
+            names.append(call.operand(operand))
+            continue
+        own = call.meta(operand).dim()
+        missing = [i for i, level in enumerate(levels) if level not in value.levels]
+        missing += [len(levels) + i for i in range(rank - own)]
+        names.append(call.emit("unsqueeze", value.name, axes=missing) if missing else value.name)
+    return Result(op=name, inputs=tuple(names), attrs=attrs, levels=levels)

@@ -210,13 +210,16 @@ class Translation:
             self._values[node] = self.read(view.source)
 
     def _mutate(self, node: fx.Node, written: Sequence[fx.Node]) -> None:
+        """A node that writes. Only an operand that it also returns (`add_`, `out=`) is known to hold its result then."""
         value = self._translated(node) if not _gives_nothing(node) else None
-        for position, target in enumerate(written):
+        view = view_of(node)
+        returned = view.source if view and view.share is Share.SAME else None
+        for target in written:
             if target in self._values:
-                self._write(target, value if value and position == 0 else self._unknown(target))
+                self._write(target, value if value and target is returned else self._unknown(target))
         if value:
             self._values[node] = value
-            self._relate(node, view_of(node))
+            self._relate(node, view)
 
     def _write(self, node: fx.Node, value: Value) -> None:
         """The node's memory holds this value now."""
