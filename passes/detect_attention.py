@@ -94,6 +94,10 @@ def _operator(reading: Reading, node: Node) -> Attention:
         raise NotReadable(
             "rank", f"expected 4-D query, key and value, found ranks {query.rank}, {key.rank}, {value.rank}"
         )
+    batches = [reading.sizes.resolve(tensor.shape[0]) for tensor in (query, key, value)]
+    if ONE in batches and any(batch != ONE for batch in batches):
+        listed = ", ".join(map(str, batches))
+        raise NotReadable("batch", f"query, key and value have batches {listed}, of which 1 is broadcast: expected one")
     heads = _known(reading, query.shape[1], "number of query heads")
     axes = _axes(reading, query.shape[0], heads, query.shape[2], key.shape[2])
     group = floordiv(axes.head, integer(heads // (const_int(reading.sizes.resolve(key.shape[1])) or heads)))

@@ -31,6 +31,13 @@ class View:
 
 COPIES_WHERE_STRIDES_DEMAND = ("reshape", "flatten", "contiguous", "ravel", "view_as_real", "view_as_complex")
 RETURNS_OPERAND = ("to", "type_as", "dropout", "detach_", "alias", "detach", "lift_fresh")
+# Operators that update running statistics while this argument is true, although their schema does not say so.
+UPDATES_STATISTICS = {
+    "batch_norm": "training",
+    "native_batch_norm": "training",
+    "cudnn_batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}
 WRITES_NOTHING = ("detach_", "requires_grad_", "retain_grad_")
 
 
@@ -65,7 +72,10 @@ def written_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return tuple(node.all_input_nodes) if base_name(target) == "triton_kernel_wrapper_mutation" else ()
-    if not (written := signature_of(target).written) or base_name(target) in WRITES_NOTHING:
+    written = signature_of(target).written
+    if (flag := UPDATES_STATISTICS.get(base_name(target))) and argument(node, flag):
+        written = (*written, "running_mean", "running_var")
+    if not written or base_name(target) in WRITES_NOTHING:
         return ()
     return tuple(found for name in written for found in _nodes(argument(node, name)))
 

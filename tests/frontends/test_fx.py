@@ -199,6 +199,14 @@ def test_is_causal_counts_from_the_top_left():
     assert (proof.mask, proof.mask.alignment) == (BandMask(left=None, right=0), Alignment.TOP_LEFT)
 
 
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2)])
+def test_a_broadcast_batch_is_refused(batches):
+    queries, keys = (operands(batch=batch) for batch in batches)
+    refusal = refusal_of(export(spelled.Attend(spelled.and_of_halves, 4), (queries[0], keys[1], keys[2])))
+    assert refusal.code == "batch"
+    assert f"have batches {batches[0]}, {batches[1]}, {batches[1]}" in refusal.reason
+
+
 class Dropping(torch.nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.1)

@@ -1,5 +1,6 @@
 """Formulas of ATen operators: in every cell they give the number that torch computes, also after writes to memory."""
 
+import random
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -237,6 +238,74 @@ WRITES = (
 def test_writes_to_memory_are_followed(function):
     expected = np.asarray(function(Module(function), X.clone(), M.clone()))
     check(exported(function), {"x": X.numpy(), "m": M.numpy()}, expected)
+
+
+VIEWS: tuple[Callable[[random.Random, Any], Any], ...] = (
+    lambda r, t: t.transpose(0, 1) if t.dim() > 1 else t.unsqueeze(0),
+    lambda r, t: t.unsqueeze(r.randrange(t.dim() + 1)),
+    lambda r, t: t[r.randrange(t.shape[0]) :],
+    lambda r, t: t.select(r.randrange(t.dim()), -1) if t.dim() > 1 else t,
+    lambda r, t: t.narrow(-1, 0, 1 + r.randrange(t.shape[-1])),
+    lambda r, t: t.reshape(-1),
+    lambda r, t: t.squeeze(),
+    lambda r, t: t.to(torch.long),
+    lambda r, t: t.contiguous(),
+    lambda r, t: t.expand_as(t),
+    lambda r, t: t.split(max(1, t.shape[0] // 2))[-1],
+    lambda r, t: t.unbind(0)[-1] if t.dim() > 1 else t,
+    lambda r, t: t[::2],
+    lambda r, t: t.view(-1) if t.is_contiguous() else t,
+)
+WRITERS: tuple[Callable[[random.Random, Any], Any], ...] = (
+    lambda r, t: t.add_(r.randrange(5)),
+    lambda r, t: t.fill_(r.randrange(9)),
+    lambda r, t: t.copy_(t.clone() * 3),
+    lambda r, t: t.masked_fill_(t > 2, 1),
+    lambda r, t: torch.add(t.clone(), 1, out=t),
+    lambda r, t: t.clamp_(0, 6),
+)
+
+
+def random_program(seed: int) -> Function:
+    def function(s, x, m):
+        choice = random.Random(seed)
+        values = [x.clone()]
+        for _ in range(choice.randrange(3, 9)):
+            chosen = choice.choice([value for value in values if value.dim()])
+            values.append(choice.choice(VIEWS if choice.random() < 0.6 else WRITERS)(choice, chosen))
+        return tuple(value + 0 for value in values)
+
+    return function
+
+
+def test_random_views_and_writes():
+    exact = 0
+    for seed in range(25):
+        function = random_program(seed)
+        model = exported(function)
+        reading = read_masks(model.graph)
+        for name, expected in zip(model.graph.outputs, function(None, X.clone(), M), strict=True):
+            for place in product(*map(range, expected.shape)):
+                cell = reading.tensors[name].at(*map(integer, place))
+                if {node.name for node in walk(cell) if node.op is Op.APPLY} <= {"x"}:
+                    assert _value(cell, {"x": X.numpy()}) == expected[place].item(), (seed, name, place)
+                    exact += 1
+    assert exact > 800  # most cells are formulas: writes are followed, not given up
+
+
+def test_what_a_node_writes_beside_its_result_is_data():
+    class Normalized(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4).train()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x), self.norm.running_mean + 0
+
+    model = read_exported_program(torch.export.export(Normalized(), (torch.ones(3, 4),)))
+    cell = read_masks(model.graph).tensors[model.graph.outputs[-1]].at(integer(0))
+    names = {node.name for node in walk(cell) if node.op is Op.APPLY}
+    assert names and not names & set(model.graph.outputs) and not names & {"batch_norm"}
 
 
 def test_a_write_that_cannot_be_followed_makes_data():
