@@ -50,6 +50,7 @@ from swacompile.passes.verdict import Verdict
 LIMITS = (MAX_SIZE, 1 << 30, 1 << 24)
 
 
+SMALL = (1 << 9, 1 << 12, 1 << 16)  # Sizes at which a witness is looked for first, so that people can look it up.
 MAX_HEADS = 256  # Heads that are proven one by one where the mask depends on the head.
 
 
@@ -267,8 +268,8 @@ def _fixed_sizes(axes: Axes) -> tuple[str, ...]:
 
 def _refuted(visible: Expr, rest: Expr, factors: Expr, data: set[str], bands: list[BandMask], axes: Axes) -> Verdict:
     for pattern in _proven_patterns(rest, axes):
-        witness = always_equal(visible, and_(claim_of(pattern.band, axes), factors), axes)
-        if witness is not None:
+        witness, differs = _witness(visible, and_(claim_of(pattern.band, axes), factors), axes)
+        if differs:
             reason = f"expected a band, found {pattern.words}: the mask differs from the band {pattern.band}"
             return Verdict(
                 code=pattern.kind.replace("_", "-"),
@@ -289,7 +290,7 @@ def _refuted(visible: Expr, rest: Expr, factors: Expr, data: set[str], bands: li
         return overflow
     nearest = "no band fits" if not bands else f"the nearest band is {bands[0].aligned_text}"
     claim = TRUE if not bands else claim_of(bands[0], axes)
-    witness = always_equal(visible, and_(claim, factors), axes)
+    witness, _ = _witness(visible, and_(claim, factors), axes)
     return Verdict(code="not-a-band", reason=f"the mask is not a band: {nearest}", witness=witness)
 
 
@@ -319,17 +320,21 @@ def _bands_of_heads(rest: Expr, axes: Axes) -> Verdict | None:
         found.setdefault(band, head)
     first, *_ = found
     listed = ", ".join(f"{band} from head {head}" for band, head in found.items())
-    return Verdict(code="differs", mask=first, witness=always_equal(rest, claim_of(first, axes), axes),
+    witness, _ = _witness(rest, claim_of(first, axes), axes)
+    return Verdict(code="differs", mask=first, witness=witness,
                    reason=f"the band differs between heads, expected one for all: {listed}")  # fmt: skip
 
 
-def _overflowing(visible: Expr, claim: Expr, axes: Axes) -> Witness | None:
-    """A cell where arithmetic goes wrong, at sizes as small as can be found."""
-    for largest in (1 << 9, 1 << 12, 1 << 16, LIMITS[-1]):
-        witness = always_equal(visible, claim, axes, largest=largest)
+def _witness(visible: Expr, claim: Expr, axes: Axes) -> tuple[Witness | None, bool]:
+    """(a cell where mask and claim differ, at sizes as small as can be found; whether they may differ at all)."""
+    for largest in (*SMALL, LIMITS[-1] if uses_machine_numbers(visible) else None):
+        try:
+            witness = always_equal(visible, claim, axes, largest=largest)
+        except Undecided:
+            return None, True
         if witness is not None:
-            return witness
-    return None
+            return witness, True
+    return None, False
 
 
 def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -> Verdict | None:
@@ -341,5 +346,6 @@ def _overflow(visible: Expr, factors: Expr, bands: list[BandMask], axes: Axes) -
         if always_equal(ideal(visible), claim, axes) is None:
             reason = (f"the mask is the band {band} only while positions fit their data type: expected that for sizes up to {LIMITS[-1]}, "
                       "found arithmetic that overflows or loses digits below that")  # fmt: skip
-            return Verdict(code="overflow", mask=band, reason=reason, witness=_overflowing(visible, claim, axes))
+            witness, _ = _witness(visible, claim, axes)
+            return Verdict(code="overflow", mask=band, reason=reason, witness=witness)
     return None

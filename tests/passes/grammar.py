@@ -76,14 +76,14 @@ def true_case(draw: Draw) -> Case:
     while queries.isdigit() and not band_cells(band, int(queries), int(keys) if keys.isdigit() else 3000).any():
         band = _band(draw, queries, keys)
     text = Text(draw=draw)
-    position = _position(text, band.alignment)
-    seen = _band_text(text, band, position)
-    seen = _moved(text, seen)
+    position = position_text(text, band.alignment)
+    seen = band_text(text, band, position)
+    seen = moved(text, seen)
     padded = keys != "1" and draw.maybe(0.2)
     if padded:
         shaped = text.node("Unsqueeze", text.node("Unsqueeze", "pad", "axis1"), "axis1")
         seen = text.node("And", seen, shaped)
-    result, form = _applied(text, seen)
+    result, form = applied(text, seen)
     model = MaskModel(
         body="\n".join(text.lines), result=result, form=form, constants=text.constants, queries=queries, keys=keys,
         inputs=f"bool[B,{keys}] pad" if padded else "",
@@ -115,7 +115,7 @@ def _band(draw: Draw, queries: str, keys: str) -> BandMask:
 # ---------------------------------------------------------------------------------------------------------- spellings
 
 
-def _position(text: Text, alignment: Alignment) -> str:
+def position_text(text: Text, alignment: Alignment) -> str:
     """The query's position among the keys, (S,1)."""
     if alignment is Alignment.TOP_LEFT:
         return text.draw.one("q", text.node("Identity", "q"))
@@ -127,7 +127,7 @@ def _position(text: Text, alignment: Alignment) -> str:
     )()
 
 
-def _band_text(text: Text, band: BandMask, position: str) -> str:
+def band_text(text: Text, band: BandMask, position: str) -> str:
     """The band as a bool (S,T)."""
     if band.left is None and band.right is None:
         return text.node("GreaterOrEqual", text.node("Add", "k", position), text.number(-5))
@@ -254,7 +254,7 @@ def _triangle(text: Text, position: str, right: int) -> str:
     return text.node("Cast", cut, attributes="to = 9")
 
 
-def _moved(text: Text, seen: str) -> str:
+def moved(text: Text, seen: str) -> str:
     """The same cells after views that cancel out."""
     draw = text.draw
     return draw.one(
@@ -270,7 +270,7 @@ def _moved(text: Text, seen: str) -> str:
     )()
 
 
-def _applied(text: Text, seen: str) -> tuple[str, str]:
+def applied(text: Text, seen: str) -> tuple[str, str]:
     """(result, form): how the mask reaches the scores."""
     draw = text.draw
     hidden = draw.one("lowest", "minus_inf")

@@ -5,13 +5,16 @@ The mask's cells are computed by onnx's reference evaluator, not by formulas of 
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swacompile.attention import BandProof
+from swacompile.band import Alignment
 from tests.passes.grammar import Case, Draw, array_case, mutant, true_case
 from tests.passes.judge import Judgement, judge
+from tests.passes.kinds import kind_case
 
 ACCEPTED = (Judgement.PROVEN, Judgement.REFUSED)
 
@@ -56,6 +59,22 @@ def test_one_flipped_cell_is_seen(source: random.Random) -> None:
     case = array_case(Draw(source), flipped=True)
     judged = judge(case)
     assert judged.judgement in ACCEPTED, (judged, text_of(case))
+
+
+@cases(150)
+def test_other_kinds_are_named(source: random.Random) -> None:
+    """Chunks, dilation, prefixes and global tokens: proven to be what they are, with a true witness against the nearest band."""
+    drawn = kind_case(Draw(source))
+    for queries, keys in ((1, 1), (9, 9), (4, 13), (13, 4)):
+        places = np.arange(queries)[:, None] + (keys - queries if drawn.alignment is Alignment.BOTTOM_RIGHT else 0)
+        lengths = (queries, queries) if drawn.case.model.keys == "S" else (queries, keys)
+        places = places if drawn.case.model.keys == "T" else np.arange(queries)[:, None]
+        cells = drawn.case.model.cells(*lengths)
+        expected = drawn.cells(places, np.arange(lengths[1])[None, :])
+        assert np.array_equal(cells, np.broadcast_to(expected, cells.shape))
+    judged = judge(drawn.case)
+    assert judged.judgement is Judgement.REFUSED, (judged, text_of(drawn.case))
+    assert judged.verdict.kind is drawn.kind, (judged, text_of(drawn.case))
 
 
 @pytest.mark.parametrize("seed", range(20))
