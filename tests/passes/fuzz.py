@@ -14,8 +14,9 @@ from multiprocessing import Pool
 
 from tests.passes.grammar import Case, Draw, array_case, mutant, true_case
 from tests.passes.judge import Judgement, judge
+from tests.passes.kinds import KindCase, kind_case
 
-KINDS = ("band", "band", "band", "mutant", "mutant", "array", "flipped")
+KINDS = ("band", "band", "band", "band", "mutant", "mutant", "mutant", "array", "flipped", "kind")
 WRONG = (Judgement.FALSE_PROOF, Judgement.FALSE_WITNESS, Judgement.OTHER_BAND, Judgement.NO_WITNESS)
 Outcome = tuple[int, str, str]
 
@@ -32,11 +33,19 @@ def case_of(seed: int) -> tuple[str, Case]:
 
 
 def outcome_of(seed: int) -> Outcome:
-    kind, case = case_of(seed)
     try:
+        if KINDS[seed % len(KINDS)] == "kind":
+            return seed, "kind", named(kind_case(Draw(random.Random(seed))))
+        kind, case = case_of(seed)
         return seed, kind, str(judge(case).judgement)
     except Exception as error:
-        return seed, kind, f"error: {type(error).__name__}"
+        return seed, KINDS[seed % len(KINDS)], f"error: {type(error).__name__}"
+
+
+def named(drawn: KindCase) -> str:
+    judged = judge(drawn.case)
+    right = judged.judgement is Judgement.REFUSED and judged.verdict.kind is drawn.kind
+    return "named" if right else f"not named: {judged.judgement}, {judged.verdict.kind}"
 
 
 def outcomes(seeds: range, minutes: float, processes: int) -> Iterator[Outcome]:
@@ -61,7 +70,7 @@ def main() -> int:
         found[kind, judgement] += 1
         if (
             judgement in WRONG
-            or judgement.startswith("error")
+            or judgement.startswith(("error", "not named"))
             or (kind in ("band", "array") and judgement != Judgement.PROVEN)
         ):
             print(f"seed {seed}: {kind} {judgement}", flush=True)
