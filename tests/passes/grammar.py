@@ -130,7 +130,7 @@ def position_text(text: Text, alignment: Alignment) -> str:
 def band_text(text: Text, band: BandMask, position: str) -> str:
     """The band as a bool (S,T)."""
     if band.left is None and band.right is None:
-        return text.node("GreaterOrEqual", text.node("Add", "k", position), text.number(-5))
+        return text.node("GreaterOrEqual", text.node("Add", "k", "q"), text.number(-5))
     if band.left is None or band.right is None:
         return _below(text, position, band.right) if band.left is None else _above(text, position, band.left)
     ways = [_conjunction, _conjunction, _conjunction, _centred, _difference]
