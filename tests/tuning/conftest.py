@@ -7,10 +7,18 @@ import pytest
 
 from swacompile.target import host_targets
 from swacompile.tuning import measure
+from swacompile.tuning.database import Database
+from swacompile.tuning.record import TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.workload import Workload
 
 WORKLOAD = Workload.parse("f32-d16-v16-g2-w32-n256-decode")
+
+
+def written(database: Database) -> tuple[TuningRecord, ...]:
+    """The database's records of WORKLOAD on this machine; none of the shipped ones is of it."""
+    found = database.records(host_targets()[0].name)
+    return tuple(record for record in found if record.workload == WORKLOAD)
 
 
 @pytest.fixture(scope="session")

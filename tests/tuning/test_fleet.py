@@ -11,14 +11,13 @@ import time
 import pytest
 
 from swacompile.errors import TargetError
-from swacompile.target import host_targets
 from swacompile.tuning.database import Database
 from swacompile.tuning.fleet import FleetMeasurer
 from swacompile.tuning.measure import Effort
 from swacompile.tuning.record import Status
 from swacompile.tuning.search import Limits
 from swacompile.tuning.tune import tune
-from tests.tuning.conftest import WORKLOAD
+from tests.tuning.conftest import WORKLOAD, written
 from tests.tuning.test_measure import candidate
 
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
@@ -93,7 +92,7 @@ def test_a_server_killed_in_mid_run_loses_nothing(bench, fleet, tmp_path):
         database = Database(folders=(tmp_path,))
         tuned = tune(WORKLOAD, measurer, database, Limits(trials=1))
     assert tuned.choice.record.provenance.device == KEY
-    assert tuned.records == database.records(host_targets()[0].name)
+    assert tuned.records == written(database)
 
 
 def test_no_tracker(bench):

@@ -12,7 +12,7 @@ from swacompile.tuning.runner import run_contained
 from swacompile.tuning.search import Limits
 from swacompile.tuning.tune import tune
 from swacompile.workload import Feature
-from tests.tuning.conftest import WORKLOAD
+from tests.tuning.conftest import WORKLOAD, written
 
 pytestmark = pytest.mark.cpu
 QUICK = Effort(rung=0, samples=3, min_ms=1.0)
@@ -68,7 +68,7 @@ def test_tuning_keeps_every_outcome_and_chooses_a_good_one(bench, tmp_path):
     seen = []
     limits = Limits(trials=12, patience=9)
     tuned = tune(WORKLOAD, LocalMeasurer(bench, run_seconds=4), database, limits, seen.append)
-    assert tuned.records == tuple(seen) == database.records(host_targets()[0].name)
+    assert tuned.records == tuple(seen) == written(database)
     assert len({record.config for record in seen}) == 12
     assert tuned.choice.record.status is Status.OK
     assert tuned.choice.config.as_dict()["row_heads"] in (1, 2, 4)
