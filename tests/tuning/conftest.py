@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from swacompile.target import host_targets
-from swacompile.tuning import measure
+from swacompile.tuning import database, measure
 from swacompile.tuning.database import Database
 from swacompile.tuning.record import TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.workload import Workload
 
+SHIPPED = database.SHIPPED
 WORKLOAD = Workload.parse("f32-d16-v16-g2-w32-n256-decode")
 
 
@@ -29,6 +30,12 @@ def kernel(tmp_path_factory) -> Path:
     library = tmp_path_factory.mktemp("kernel") / "kernel.so"
     rule.build(WORKLOAD, rule.default(WORKLOAD, target), target, library)
     return library
+
+
+@pytest.fixture(autouse=True)
+def no_shipped_records(tmp_path_factory, monkeypatch):
+    """Tests see only the records that they make."""
+    monkeypatch.setattr(database, "SHIPPED", tmp_path_factory.mktemp("shipped"))
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""The records in the package: all readable, all possible, none slower than the default beside it."""
+
+import pytest
+
+from swacompile.target import TARGETS, target_named
+from swacompile.tuning import store
+from swacompile.tuning.database import MARGIN, best
+from swacompile.tuning.record import Origin, Status
+from swacompile.tuning.rules import rule_for
+from tests.tuning.conftest import SHIPPED
+
+FILES = sorted(SHIPPED.glob("*.jsonl"))
+
+
+def test_there_are_some():
+    assert FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_records_hold(path):
+    assert path.stem in {target.name for target in TARGETS}
+    contents = store.read(path)
+    assert contents.records and not contents.bad
+    groups = {}
+    for record in contents.records:
+        assert record.target == path.stem and record.status is Status.OK
+        space = rule_for(record.workload, target_named(record.target)).space(
+            record.workload, target_named(record.target)
+        )
+        assert [name for name, _ in record.config.values] == [name for name, _ in space.base.values]
+        assert space.refusal(record.config) is None
+        groups.setdefault(record.workload, []).append(record)
+    for records in groups.values():
+        defaults = [record for record in records if record.origin is Origin.DEFAULT]
+        chosen = best(records)
+        assert defaults and chosen is not None
+        assert chosen in defaults or chosen.median_us < min(d.median_us for d in defaults) * (1 - MARGIN)
