@@ -1,14 +1,16 @@
 """Compile and link C++ sources into a shared library, written in one step."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from swacompile.errors import ToolchainError
-from swacompile.runtime.ort_library import find_compiler
 
+COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300
 FLAGS = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # -Bsymbolic and the version script: a loaded libtvm_ffi must not take over the symbols that kernels call here.
@@ -30,6 +32,30 @@ def link(
         _run(command, *FLAGS, *paths, f"-Wl,--version-script={exports}", *LINKER_FLAGS, *flags, "-o", str(linked))
         os.replace(linked, output)
     return output
+
+
+def find_compiler() -> str:
+    """The system's C++ compiler. Raises ToolchainError, saying what to install."""
+    for name in COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise ToolchainError(
+        f"no C++ compiler: expected one of {', '.join(COMPILERS)} on the PATH. Install one: `apt install g++` "
+        "(Debian, Ubuntu), `dnf install gcc-c++` (Fedora, RHEL) or `conda install cxx-compiler`."
+    )
+
+
+def tvm_ffi_headers() -> Path:
+    """Folder of the C headers of apache-tvm-ffi, found without importing it. Raises ToolchainError."""
+    spec = importlib.util.find_spec("tvm_ffi")
+    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
+        headers = Path(location, "include")
+        if (headers / "tvm" / "ffi" / "c_api.h").is_file():
+            return headers
+    raise ToolchainError(
+        "the headers of apache-tvm-ffi are missing: expected tvm/ffi/c_api.h. Install apache-tvm-ffi again."
+    )
 
 
 def _run(*command: str) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swacompile.kernels.build import KernelVariant, build_cpu_object
-from swacompile.runtime.cpp import link
-from swacompile.runtime.ort_library import tvm_ffi_headers
+from swacompile.runtime.cpp import link, tvm_ffi_headers
 from swacompile.target import TARGETS, Target
 from swacompile.tuning.kernel_choice import KernelChoice
 from swacompile.workload import DType
@@ -27,11 +26,19 @@ def build_kernel_library(
     Sizes are those of `kernels`, and analytical defaults for a variant that is not among them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        objects = [Path(folder, f"{target.name}.o") for target in targets]
-        for target, path in zip(targets, objects, strict=True):
-            tiles = {kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target}
-            build_cpu_object(variants, target, path, tiles=tiles)
+        objects = build_objects(variants, targets, Path(folder), kernels)
         return link_kernel_library(objects, variants, targets, output)
+
+
+def build_objects(
+    variants: Sequence[KernelVariant], targets: Sequence[Target], folder: Path, kernels: Sequence[KernelChoice] = ()
+) -> list[Path]:
+    """One object file a target in `folder`, with every variant. Raises TargetError."""
+    objects = [folder / f"{target.name}.o" for target in targets]
+    for target, path in zip(targets, objects, strict=True):
+        tiles = {kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target}
+        build_cpu_object(variants, target, path, tiles=tiles)
+    return objects
 
 
 def link_kernel_library(

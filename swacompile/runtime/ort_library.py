@@ -5,11 +5,7 @@ compiler.
 """
 
 import ctypes
-import importlib.util
 import logging
-import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from swacompile.errors import ArtifactError, ToolchainError
+from swacompile.errors import ArtifactError
 from swacompile.kernels.build import KernelVariant
+from swacompile.runtime.cpp import link, tvm_ffi_headers
 from swacompile.target import TARGETS, Target
 from swacompile.workload import DType
 
@@ -26,13 +23,6 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 log = logging.getLogger(__name__)
-
-COMPILERS = ("c++", "g++", "clang++")
-COMPILER_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-# -Bsymbolic and the version script: a loaded libtvm_ffi must not take over the symbols that kernels call here.
-# nodelete: ONNX Runtime keeps pointers into the library for as long as a session lives.
-LINKER_FLAGS = ("-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-Wl,-z,defs", "-Wl,--strip-all")
-BUILD_SECONDS = 300
 
 _SOURCES = Path(__file__).with_name("ort_plugin")
 _HOST = Path(__file__).with_name("host")
@@ -47,35 +37,22 @@ class LibraryKernel:
     target: Target
 
 
-def build_ort_library(
-    objects: Sequence[Path], kernels: Iterable[LibraryKernel], output: Path, *, compiler: str | None = None
-) -> Path:
+def build_ort_library(objects: Sequence[Path], kernels: Iterable[LibraryKernel], output: Path) -> Path:
     """Link object files into the ONNX Runtime library `output`, replacing it in one step; gives `output`.
 
     A library may hold kernels for several targets; the best that a CPU runs is picked when a session is made.
     Raises ToolchainError where there is no C++ compiler or it fails.
     """
-    command = compiler or find_compiler()
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".swacompile-") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         table = Path(folder, "kernel_list.cc")
         table.write_text(kernel_table(kernels))
-        linked = Path(folder, "library.so")
-        sources = (*sorted(_HOST.glob("*.cc")), *sorted(_SOURCES.glob("*.cc")), table)
-        _run(
-            command,
-            *COMPILER_FLAGS,
-            f"-I{_SOURCES}",
-            f"-I{_HOST}",
-            f"-I{tvm_ffi_headers()}",
-            *map(str, sources),
-            *map(str, objects),
-            f"-Wl,--version-script={_SOURCES / 'exports.map'}",
-            *LINKER_FLAGS,
-            "-o",
-            str(linked),
-            "-lm",
+        link(
+            [*sorted(_HOST.glob("*.cc")), *sorted(_SOURCES.glob("*.cc")), table, *objects],
+            output,
+            exports=_SOURCES / "exports.map",
+            includes=(_SOURCES, _HOST, tvm_ffi_headers()),
+            flags=("-std=c++17", "-Wl,-z,defs", "-Wl,--strip-all", "-lm"),
         )
-        os.replace(linked, output)
     log.info("linked %s from %d object files", output, len(objects))
     return output
 
@@ -100,18 +77,6 @@ def library_version(library: Path) -> str:
     function.restype = ctypes.c_char_p
     text: bytes = function()
     return text.decode()
-
-
-def find_compiler() -> str:
-    """The system's C++ compiler. Raises ToolchainError, saying what to install."""
-    for name in COMPILERS:
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    raise ToolchainError(
-        f"no C++ compiler: expected one of {', '.join(COMPILERS)} on the PATH. Install one: `apt install g++` "
-        "(Debian, Ubuntu), `dnf install gcc-c++` (Fedora, RHEL) or `conda install cxx-compiler`."
-    )
 
 
 def kernel_table(kernels: Iterable[LibraryKernel]) -> str:
@@ -144,27 +109,3 @@ def _row(kernel: LibraryKernel) -> str:
     variant, target = kernel.variant, kernel.target
     element = f"ElementType::{_ELEMENT_TYPES[variant.dtype]}"
     return f'{{{element}, {variant.head_size}, {variant.value_size}, "{target.name}", {variant.symbol(target)}}}'
-
-
-def tvm_ffi_headers() -> Path:
-    """Folder of the C headers of apache-tvm-ffi, found without importing it. Raises ToolchainError."""
-    spec = importlib.util.find_spec("tvm_ffi")
-    for location in (spec.submodule_search_locations or ()) if spec is not None else ():
-        headers = Path(location, "include")
-        if (headers / "tvm" / "ffi" / "c_api.h").is_file():
-            return headers
-    raise ToolchainError(
-        "the headers of apache-tvm-ffi are missing: expected tvm/ffi/c_api.h. Install apache-tvm-ffi again."
-    )
-
-
-def _run(*command: str) -> None:
-    """Run the compiler. Raises ToolchainError with the end of what it printed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise ToolchainError(
-            f"{command[0]} could not be run: {error}. Check the C++ compiler, or name another."
-        ) from error
-    if done.returncode != 0:
-        raise ToolchainError(f"{command[0]} failed with status {done.returncode}:\n{done.stderr[-4000:]}")

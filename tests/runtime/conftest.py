@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from swacompile.kernels.build import KernelVariant
-from swacompile.runtime.ort_library import LibraryKernel, build_ort_library, find_compiler, tvm_ffi_headers
+from swacompile.runtime.cpp import find_compiler, tvm_ffi_headers
+from swacompile.runtime.ort_library import LibraryKernel, build_ort_library
 from swacompile.target import Target, host_targets
 from swacompile.workload import DType
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from swacompile.kernels.onnx_function import banded_attention_function
-from swacompile.runtime.ort_library import find_compiler
+from swacompile.runtime.cpp import find_compiler
 from tests.runtime.cases import PLAIN, body_of, session
 
 SOURCE = Path(__file__).parents[2] / "examples" / "ort_cpp" / "main.cc"

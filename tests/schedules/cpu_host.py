@@ -13,7 +13,7 @@ import pytest
 
 from swacompile.kernels.build import KernelVariant, build_cpu_object
 from swacompile.kernels.reference import Array, Call
-from swacompile.runtime.ort_library import tvm_ffi_headers
+from swacompile.runtime.cpp import tvm_ffi_headers
 from swacompile.target import Target
 
 SOURCE = Path(__file__).with_name("kernel_host.c")

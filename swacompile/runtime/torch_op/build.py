@@ -39,7 +39,7 @@ def operator_library() -> Path:
 
 def build_operator(output: Path) -> Path:
     """Compile the operator for the torch that is installed. Raises ToolchainError."""
-    from swacompile.runtime.ort_library import tvm_ffi_headers
+    from swacompile.runtime.cpp import tvm_ffi_headers
 
     installed = Path(torch.__file__).parent
     includes = (
