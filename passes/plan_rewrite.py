@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swacompile.attention import Attention, BandProof, Finding, Kind, Refutation, Residual, ResidualKind
 from swacompile.index_expr import ONE, ZERO, Expr, Op, Sort, eq, not_
-from swacompile.passes.index_tensor import broadcast_index
+from swacompile.passes.index_tensor import broadcast_index, sort_of
 from swacompile.passes.read_masks import Reading
 
 NO_BOUND = -1
@@ -121,8 +121,7 @@ def _operand(reading: Reading, site: Attention, residual: Residual) -> RunTimeOp
     data = residual.data
     wanted = Sort.BOOL if residual.kind is ResidualKind.KEY_PADDING else Sort.INT
     for name, tensor in reading.tensors.items():
-        boolean = tensor.dtype == "bool"
-        if tensor.rank != 2 or boolean != (wanted is Sort.BOOL) or not _fits(reading, name, site):
+        if tensor.rank != 2 or sort_of(tensor.dtype) is not wanted or not _fits(reading, name, site):
             continue
         here = broadcast_index(place, reading.extents(name) or tensor.shape)
         if reading.sizes.resolve(tensor.at(*here)) == data:

@@ -170,11 +170,6 @@ def is_possible(condition: Expr) -> bool:
     return (condition.is_const and bool(condition.value)) or not is_valid(not_(condition))
 
 
-def uses_data(expr: Expr) -> bool:
-    """Whether a formula depends on anything but indices and sizes."""
-    return any(node.op is Op.APPLY for node in walk(expr))
-
-
 def uses_machine_numbers(expr: Expr) -> bool:
     """Whether arithmetic in the formula may overflow or lose digits at some sizes."""
     return any(node.op in (Op.WRAP, Op.ROUND) for node in walk(expr))

@@ -12,7 +12,7 @@ source name and is opaque: its result is run-time data. Values are named as in t
     compute      matmul, softmax [axis], attention [see detect_attention], reduce_max [axes, keepdims] and the like
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,20 +77,3 @@ class Graph:
                 users.setdefault(value, []).append(node)
         object.__setattr__(self, "producers", {out: node for node in self.nodes for out in node.outputs})
         object.__setattr__(self, "users", {value: tuple(nodes) for value, nodes in users.items()})
-
-    def only_user(self, value: str) -> Node | None:
-        """The one node that reads this value, None if there are several or it is an output of the model."""
-        users = self.users.get(value, ())
-        return users[0] if len(users) == 1 and value not in self.outputs else None
-
-    def ancestors(self, value: str) -> Iterator[Node]:
-        """Producers of a value, nearest first."""
-        seen: set[str] = set()
-        frontier = [value]
-        while frontier:
-            node = self.producers.get(frontier.pop(0))
-            if node is None or node.outputs[0] in seen:
-                continue
-            seen.add(node.outputs[0])
-            yield node
-            frontier.extend(node.inputs)

@@ -759,10 +759,6 @@ def ideal(expr: Expr) -> Expr:
     return transform(expr, lambda node: ideal(node.args[0]) if node.op in (Op.WRAP, Op.ROUND) else None)
 
 
-def is_finite_const(expr: Expr) -> bool:
-    return (value := const_real(expr)) is not None and isfinite(value)
-
-
 def _show_sum(poly: _Poly) -> str:
     terms = [
         f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{'*'.join(map(show, monomial))}"

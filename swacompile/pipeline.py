@@ -115,10 +115,7 @@ def rewrite(
     if out is None:
         raise ArgumentError("expected a path to write the ONNX model to, found none: give `out`.")
     refuse_existing(out, force=force)
-    source = read_onnx(model)
-    reading = read_masks(source.graph)
-    findings = find(reading)
-    outcomes = splice(source, plan_rewrite(reading, findings, full=full), emit)
+    source, _, outcomes = _spliced(model, emit, full=full)
     done = Rewrite(model=model, out=out, outcomes=outcomes)
     if not done.replaced:
         return Rewrite(model=model, out=None, outcomes=outcomes)
@@ -148,12 +145,7 @@ def compile(
 
     targets = tuple(targets) or host_targets()[:1]
     with artifact.new_folder(out, force=force) as folder:
-        progress(f"reading {model.name}")
-        source = read_onnx(model)
-        reading = read_masks(source.graph)
-        progress("proving masks")
-        findings = find(reading)
-        outcomes = splice(source, plan_rewrite(reading, findings, full=full), Emit.BANDED)
+        source, findings, outcomes = _spliced(model, Emit.BANDED, full=full, progress=progress)
         done = Rewrite(model=model, out=out, outcomes=outcomes)
         if not done.replaced:
             raise artifact.Abandoned
@@ -173,6 +165,18 @@ def compile(
         artifact.write_manifest(folder, manifest)
         return Compiled(rewrite=done, manifest=manifest, choices=choices)
     return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None, choices=())
+
+
+def _spliced(
+    model: Path, emit: Emit, *, full: bool, progress: Callable[[str], None] = lambda _: None
+) -> tuple[OnnxModel, tuple[Finding, ...], tuple[Replacement | Refutation, ...]]:
+    """The model rewritten in memory, what was found in it, and what was done with each finding."""
+    progress(f"reading {model.name}")
+    source = read_onnx(model)
+    reading = read_masks(source.graph)
+    progress("proving masks")
+    findings = find(reading)
+    return source, findings, splice(source, plan_rewrite(reading, findings, full=full), emit)
 
 
 def splice(
@@ -217,18 +221,11 @@ def build_library(
 
     Sizes are those of `kernels`, and analytical defaults for a variant that is not among them.
     """
-    from swacompile.kernels.build import build_cpu_object
+    from swacompile.runtime.kernel_link import build_objects
     from swacompile.runtime.ort_library import LibraryKernel, build_ort_library
 
     with tempfile.TemporaryDirectory() as folder:
-        objects = [Path(folder, f"{target.name}.o") for target in targets]
-        for target, path in zip(targets, objects, strict=True):
-            build_cpu_object(
-                variants,
-                target,
-                path,
-                tiles={kernel.variant: kernel.tiles for kernel in kernels if kernel.target == target},
-            )
+        objects = build_objects(variants, targets, Path(folder), kernels)
         rows = [LibraryKernel(variant=variant, target=target) for target in targets for variant in variants]
         build_ort_library(objects, rows, out)
 

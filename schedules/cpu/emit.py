@@ -78,12 +78,6 @@ def ceil_div(a: Expr, b: Expr) -> Expr:
     return let(tirx.truncdiv(a + (b - 1), b))
 
 
-def div_mod(a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    """For a >= 0, b > 0."""
-    quotient = let(tirx.truncdiv(a, b))
-    return quotient, let(a - quotient * b)
-
-
 def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
     """Lane by lane. Both values must be bound: a load inside would make TVM branch per lane."""
     return let(tirx.Select(condition, let(yes), let(no)))
