@@ -4,41 +4,77 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+
+WINDOWED = """
+<ir_version: 8, opset_import: ["" : {opset}]>
+attention ({inputs}) => ({dtype}[{out_dims}] out)
+<int64 zero = {{0}}, int64 one = {{1}}, int64 window = {{{window}}}, float hidden = {{{lowest}}}, float shown = {{0.0}}, float scale = {{{scale}}},
+ int64[1] first = {{0}}, int64[1] last = {{1}}, int64 two = {{2}}{more}>
+{{
+  shape = Shape(query)
+  length = Gather(shape, {axis})
+  positions = Range(zero, length, one)
+  q = Unsqueeze(positions, last)
+  k = Unsqueeze(positions, first)
+  edge = Sub(q, window)
+  near = Greater(k, edge)
+  past = LessOrEqual(k, q)
+  seen = And(near, past)
+  mask = Where(seen, shown, hidden)
+  {body}
+}}
+"""
+PLAIN_BODY = """kt = Transpose<perm = [0, 1, 3, 2]>(key)
+  product = MatMul(query, kt)
+  scores = Mul(product, scale)
+  masked = Add(scores, mask)
+  weights = Softmax<axis = -1>(masked)
+  out = MatMul(weights, value)"""
+
+
+def windowed(
+    body: str = PLAIN_BODY,
+    *,
+    inputs: str,
+    out_dims: str,
+    window: int = 7,
+    opset: int = 20,
+    dtype: str = "float",
+    lowest: str = "-3.4028235e38",
+    scale: float = 8**-0.5,
+    axis: str = "two",
+    more: str = "",
+) -> onnx.ModelProto:
+    """A model whose `mask` is where(k > q - window and k <= q, 0, lowest) along the axis of query that the value `axis` names."""
+    text = WINDOWED.format(
+        body=body, inputs=inputs, out_dims=out_dims, window=window, opset=opset, dtype=dtype, lowest=lowest, scale=scale, axis=axis,
+        more=more,
+    )  # fmt: skip
+    return onnx.parser.parse_model(text)
+
+
+def three(dims: str, dtype: str = "float") -> str:
+    """The inputs query, key and value of one shape."""
+    return ", ".join(f"{dtype}[{dims}] {name}" for name in ("query", "key", "value"))
 
 
 def causal_window(window: int, *, opset: int = 20, heads: int = 2, head_size: int = 8) -> onnx.ModelProto:
-    """softmax(q k^T / sqrt(d) + where(k > q - window and k <= q, 0, lowest)) v, dynamic batch and length."""
-    dims = ["batch", heads, "length", head_size]
-    text = f"""
-    <ir_version: 8, opset_import: ["" : {opset}]>
-    attention (float[batch,{heads},length,{head_size}] query, float[batch,{heads},length,{head_size}] key,
-               float[batch,{heads},length,{head_size}] value) => (float[batch,{heads},length,{head_size}] out)
-    <int64 zero = {{0}}, int64 one = {{1}}, int64 window = {{{window}}}, float hidden = {{-3.4028235e38}}, float shown = {{0.0}},
-     float scale = {{{head_size**-0.5}}}, int64[1] first = {{0}}, int64[1] last = {{1}}>
-    {{
-      shape = Shape(query)
-      two = Constant<value_int: int = 2>()
-      length = Gather(shape, two)
-      positions = Range(zero, length, one)
-      q = Unsqueeze(positions, last)
-      k = Unsqueeze(positions, first)
-      edge = Sub(q, window)
-      near = Greater(k, edge)
-      past = LessOrEqual(k, q)
-      seen = And(near, past)
-      mask = Where(seen, shown, hidden)
-      kt = Transpose<perm = [0, 1, 3, 2]>(key)
-      product = MatMul(query, kt)
-      scores = Mul(product, scale)
-      masked = Add(scores, mask)
-      weights = Softmax<axis = -1>(masked)
-      out = MatMul(weights, value)
-    }}
-    """
-    model = onnx.parser.parse_model(text)
-    assert [d.dim_param or d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim] == dims
-    return model
+    """softmax(q k^T / sqrt(d) + mask) v, dynamic batch and length."""
+    dims = f"batch,{heads},length,{head_size}"
+    return windowed(inputs=three(dims), out_dims=dims, window=window, opset=opset, scale=head_size**-0.5)
+
+
+def run(path: Path, feeds: dict[str, np.ndarray], library: Path | None = None) -> np.ndarray:
+    """First output of a model in ONNX Runtime, with a kernel library where one is given."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, feeds)[0]
+    return result
 
 
 def with_external_weights(folder: Path, megabytes: int, layers: int = 1) -> Path:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from swacompile import pipeline
 from swacompile.attention import Attention, BandProof, Kind
 from tests.conftest import corpus_folder
+from tests.models import run
 from tests.tolerances import MODEL_ATOL
 
 CORPUS = corpus_folder()
@@ -76,17 +76,6 @@ def inputs(path: Path, length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         else:
             feeds[value.name] = rng.integers(3, VOCABULARY, (BATCH, length))
     return feeds, valid.astype(bool)
-
-
-def run(path: Path, feeds: dict[str, np.ndarray], library: Path | None = None) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
-        None, feeds
-    )[0]
-    return result
 
 
 def lengths(artifact: dict[str, Any]) -> tuple[int, ...]:

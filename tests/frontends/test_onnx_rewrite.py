@@ -4,28 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from swacompile import pipeline
 from swacompile.attention import BandProof
 from swacompile.errors import ModelError
 from tests import models
+from tests.models import run, three
 from tests.tolerances import HALF_MODEL_ATOL, MODEL_ATOL
 
 pytestmark = pytest.mark.cpu
 TILE = 48  # queries of one tile of the CPU kernel
 LENGTH = 2 * TILE + 9
-
-
-def run(path: Path, feeds: dict[str, np.ndarray], library: Path | None = None) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    result: np.ndarray = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(
-        None, feeds
-    )[0]
-    return result
 
 
 def assert_same(source: Path, out: Path, feeds: dict[str, np.ndarray], library, atol: float = MODEL_ATOL) -> None:
@@ -63,42 +53,18 @@ def test_opsets(opset, tmp_path, cpu_library):
     assert_same(source, tmp_path / "out.onnx", qkv(), cpu_library)
 
 
-ATTENTION = """
-<ir_version: 8, opset_import: ["" : 20]>
-attention ({inputs}) => ({dtype}[{out_dims}] out)
-<int64 zero = {{0}}, int64 one = {{1}}, int64 window = {{7}}, float hidden = {{{lowest}}}, float shown = {{0.0}}, float scale = {{0.35355339}},
- int64[1] first = {{0}}, int64[1] last = {{1}}, int64 two = {{2}}{more}>
-{{
-  shape = Shape({sized})
-  length = Gather(shape, {axis})
-  positions = Range(zero, length, one)
-  q = Unsqueeze(positions, last)
-  k = Unsqueeze(positions, first)
-  edge = Sub(q, window)
-  near = Greater(k, edge)
-  past = LessOrEqual(k, q)
-  seen = And(near, past)
-  mask = Where(seen, shown, hidden)
-  {body}
-}}
-"""
+DIMS = "batch,2,length,8"
 
 
-def built(tmp_path: Path, body: str, **words: str) -> Path:
-    defaults = {
-        "dtype": "float",
-        "lowest": "-3.4028235e38",
-        "more": "",
-        "sized": "query",
-        "axis": "two",
-        "out_dims": "batch,2,length,8",
-    }
-    text = ATTENTION.format(body=body, **(defaults | words))
-    return models.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
-
-
-def inputs(dims: str, dtype: str = "float") -> str:
-    return ", ".join(f"{dtype}[{dims}] {name}" for name in ("query", "key", "value"))
+def built(
+    tmp_path: Path,
+    body: str = models.PLAIN_BODY,
+    *,
+    inputs: str = models.three(DIMS),
+    out_dims: str = DIMS,
+    **words: str,
+) -> Path:
+    return models.save(models.windowed(body, inputs=inputs, out_dims=out_dims, **words), tmp_path / "model.onnx")
 
 
 def test_half_precision(tmp_path, cpu_library):
@@ -112,7 +78,7 @@ def test_half_precision(tmp_path, cpu_library):
   weights_wide = Softmax<axis = -1>(wide)
   weights = Cast<to = 10>(weights_wide)
   out = MatMul(weights, value)"""
-    source = built(tmp_path, body, inputs=inputs("batch,2,length,8", "float16"), dtype="float16", lowest="-65504.0")
+    source = built(tmp_path, body, inputs=three("batch,2,length,8", "float16"), dtype="float16", lowest="-65504.0")
     assert pipeline.rewrite(source, tmp_path / "out.onnx").replaced
     assert_same(source, tmp_path / "out.onnx", qkv(dtype=np.float16), cpu_library, HALF_MODEL_ATOL)
 
@@ -130,7 +96,7 @@ def test_merged_batch_and_heads(tmp_path, cpu_library):
   mixed = MatMul(weights, value_3d)
   out = Neg(mixed)"""
     more = ", int64[3] merged = {4, -1, 8}, int64[3] merged_value = {4, -1, 8}"
-    source = built(tmp_path, body, inputs=inputs("2,2,length,8"), more=more, out_dims="4,length,8")
+    source = built(tmp_path, body, inputs=three("2,2,length,8"), more=more, out_dims="4,length,8")
     (replaced,) = pipeline.rewrite(source, tmp_path / "out.onnx").replaced
     assert replaced.site.merged_output
     assert_same(source, tmp_path / "out.onnx", qkv(), cpu_library)
@@ -146,7 +112,7 @@ def test_sequence_first_operands(tmp_path, cpu_library):
   masked = Add(scores, mask)
   weights = Softmax<axis = -1>(masked)
   out = MatMul(weights, v4)"""
-    source = built(tmp_path, body, inputs=inputs("batch,length,2,8"), axis="one")
+    source = built(tmp_path, body, inputs=three("batch,length,2,8"), axis="one")
     assert pipeline.rewrite(source, tmp_path / "out.onnx").replaced
     feeds = {name: np.ascontiguousarray(value.transpose(0, 2, 1, 3)) for name, value in qkv().items()}
     assert_same(source, tmp_path / "out.onnx", feeds, cpu_library)
@@ -166,7 +132,7 @@ def test_segments_become_an_operand(tmp_path, cpu_library):
   masked = Add(scores, packed_mask)
   weights = Softmax<axis = -1>(masked)
   out = MatMul(weights, value)"""
-    source = built(tmp_path, body, inputs=inputs("batch,2,length,8") + ", int64[batch,length] labels")
+    source = built(tmp_path, body, inputs=three("batch,2,length,8") + ", int64[batch,length] labels")
     (replaced,) = pipeline.rewrite(source, tmp_path / "out.onnx").replaced
     assert replaced.segments is not None
     labels = np.sort(np.random.default_rng(0).integers(0, 5, (2, LENGTH)), axis=1)
@@ -174,13 +140,7 @@ def test_segments_become_an_operand(tmp_path, cpu_library):
 
 
 def test_a_leaky_mask_is_kept(tmp_path):
-    body = """kt = Transpose<perm = [0, 1, 3, 2]>(key)
-  product = MatMul(query, kt)
-  scores = Mul(product, scale)
-  masked = Add(scores, mask)
-  weights = Softmax<axis = -1>(masked)
-  out = MatMul(weights, value)"""
-    source = built(tmp_path, body, inputs=inputs("batch,2,length,8"), lowest="-10000.0")
+    source = built(tmp_path, lowest="-10000.0")
     (kept,) = pipeline.rewrite(source, tmp_path / "out.onnx").outcomes
     assert kept.code == "not-hiding"
     assert not (tmp_path / "out.onnx").exists()
