@@ -15,6 +15,7 @@ from swacompile.cli_tuning import records_folder, register
 from swacompile.errors import SwacompileError
 from swacompile.pipeline import Emit
 from swacompile.report.findings import as_json, explain, print_findings, print_outcomes
+from swacompile.target import target_named
 from swacompile.tuning.database import Database
 
 NOTHING_DONE = 1
@@ -106,18 +107,29 @@ def rewrite(
 def compile_(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The hardware, as `swacompile targets` lists it; may be given several times. Default: this machine's CPU."
+        ),
+    ] = None,
     full: Global = False,
     force: Force = False,
     as_document: Json = False,
 ) -> None:
-    """Write a folder with the rewritten model and a kernel library for this machine's CPU; `swacompile.load` runs it.
+    """Write a folder with the rewritten model and a kernel library; `swacompile.load` runs it.
 
     Example: `swacompile compile mistral.onnx -o mistral.swa`
     """
     with err.status(f"compiling {model.name}") as status:
-        database = Database(folders=(records_folder(),))
         done = pipeline.compile(
-            model, output, database=database, full=full, force=force, progress=lambda step: status.update(step)
+            model,
+            output,
+            targets=[target_named(name) for name in target or ()],
+            database=Database(folders=(records_folder(),)),
+            full=full,
+            force=force,
+            progress=lambda step: status.update(step),
         )
     if as_document:
         _print_json(_rewrite_document(done.rewrite) | {"manifest": done.manifest.document() if done.manifest else None})

@@ -1,6 +1,7 @@
 """The commands `tune` and `records`: options in, calls of swacompile.tuning, tables out."""
 
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from swacompile.errors import ArgumentError
-from swacompile.target import TARGETS, Target, host_targets, target_named
+from swacompile.target import TARGETS, Target, cpu_flags, host_targets, matching_targets, target_named
 from swacompile.tuning import store
 from swacompile.tuning.database import Database, best
 from swacompile.tuning.record import Status, TuningRecord
@@ -238,6 +239,27 @@ def _address(text: str | None, key: str | None) -> tuple[str, int] | None:
     return host, int(port)
 
 
+def targets() -> None:
+    """List the hardware that kernels are built for.
+
+    Example: `swacompile targets`
+    """
+    here = {target.name for target in matching_targets(platform.machine(), cpu_flags())}
+    table = Table("target", "tag", "hardware", "limits", "records")
+    for target in TARGETS:
+        mark = " (this machine)" if target.name in here else ""
+        shipped = len(Database().records(target.name))
+        table.add_row(target.name, target.tag or "", target.description + mark, _limits(target), str(shipped or "none"))
+    out.print(table)
+
+
+def _limits(target: Target) -> str:
+    if target.cuda is not None:
+        limits = target.cuda
+        return f"{limits.multiprocessors} multiprocessors, {limits.shared_per_block // 1024} KiB shared a block, {limits.l2_bytes >> 20} MiB L2"
+    return f"{target.cpu.vector_registers} vectors of {target.cpu.vector_bits} bits" if target.cpu is not None else ""
+
+
 def records(
     action: Annotated[
         str,
@@ -332,4 +354,5 @@ def superseded_dropped(found: Sequence[TuningRecord]) -> list[TuningRecord]:
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(tune)
+    app.command()(targets)
     app.command()(records)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from swacompile.artifact import Manifest
 from swacompile.attention import Attention, Finding, Refutation
-from swacompile.errors import ArgumentError, ModelError
+from swacompile.errors import ArgumentError, ModelError, TargetError
 from swacompile.frontends.onnx import OnnxModel
 from swacompile.kernels.build import KernelVariant
 from swacompile.passes.detect_attention import detect_attention
@@ -18,7 +18,7 @@ from swacompile.passes.plan_rewrite import Replacement, plan_rewrite
 from swacompile.passes.prove_band import Prover
 from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.report.findings import as_json
-from swacompile.target import Target, host_targets
+from swacompile.target import Target, TargetClass, host_targets
 from swacompile.tuning.database import Choice, Database
 from swacompile.tuning.kernel_choice import KernelChoice, choose_cpu_kernels
 from swacompile.tuning.shapes import workloads_of
@@ -143,7 +143,7 @@ def compile(
     from swacompile import artifact
     from swacompile.frontends.onnx_splice import save
 
-    targets = tuple(targets) or host_targets()[:1]
+    targets = cpu_only(model, targets) or host_targets()[:1]
     with artifact.new_folder(out, force=force) as folder:
         source, findings, outcomes = _spliced(model, Emit.BANDED, full=full, progress=progress)
         done = Rewrite(model=model, out=out, outcomes=outcomes)
@@ -165,6 +165,17 @@ def compile(
         artifact.write_manifest(folder, manifest)
         return Compiled(rewrite=done, manifest=manifest, choices=choices)
     return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None, choices=())
+
+
+def cpu_only(model: Path, targets: Sequence[Target]) -> tuple[Target, ...]:
+    """Targets on which ONNX Runtime calls our kernels. Raises TargetError where there is another."""
+    for target in targets:
+        if target.target_class is not TargetClass.CPU:
+            raise TargetError(
+                f"{model}: expected a CPU target, found {target.name}: our library for ONNX Runtime holds CPU kernels only. "
+                "Export the model with torch.export (.pt2) for a GPU, or leave --target out."
+            )
+    return tuple(targets)
 
 
 def _spliced(

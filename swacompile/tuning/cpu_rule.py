@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from swacompile.errors import TargetError
 from swacompile.kernels.build import KernelVariant
 from swacompile.schedules.cpu.tiles import SCRATCH_BYTES, Tiles, choose_tiles, scratch_bytes
 from swacompile.target import CpuLimits, Target, TargetClass
@@ -112,7 +113,7 @@ def combined(many: Config, single: Config) -> Config:
 
 def _limits(target: Target) -> CpuLimits:
     if target.cpu is None:
-        raise ValueError(f"expected a CPU target, found {target.name}")
+        raise TargetError(f"expected a CPU target, found {target.name}")
     return target.cpu
 
 
