@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swacompile.runtime.cpp import tvm_ffi_headers
 from swacompile.runtime.cuda.library import Kernel, write_manifest
+from swacompile.runtime.cuda.table import INCLUDE, kernel_table
 from swacompile.schedules.cuda.arch import CudaArch
 from swacompile.schedules.cuda.spec import WgmmaConfig
 
@@ -51,9 +53,12 @@ class BuiltLibrary:
     source: str
 
 
-def build_library(functions: Mapping[str, Any], arch: CudaArch, path: Path) -> BuiltLibrary:
+def build_library(
+    functions: Mapping[str, Any], arch: CudaArch, path: Path, *, table: str | None = None
+) -> BuiltLibrary:
     """Compile TIRx functions, as a family's `trace` returns them, into one shared library with a cubin for `arch`.
 
+    `table` is C++ source to link in: runtime/cuda/table.py.
     Raises CudaBuildError where nvcc is missing or refuses, or where the result holds CUDA text instead of a cubin.
     """
     import tvm
@@ -67,7 +72,11 @@ def build_library(functions: Mapping[str, Any], arch: CudaArch, path: Path) -> B
         raise CudaBuildError(
             f"{path.name}: TVM did not ask for a cubin, so the library would hold CUDA text; is {CUDA_RUNTIME} loaded?"
         )
-    module.export_library(str(path))
+    with tempfile.TemporaryDirectory(prefix="swacompile-") as folder:
+        source = Path(folder, "cuda_kernel_list.cc")
+        source.write_text(table or "")
+        includes = [f"-I{INCLUDE}", f"-I{tvm_ffi_headers()}", "-std=c++17"]
+        module.export_library(str(path), addons=[str(source)] if table else None, options=includes if table else None)
     reports = parse_ptxas(compiler.log)
     return BuiltLibrary(path=path, arch=arch, reports=reports, cubin=compiler.cubin, source=compiler.source)
 
@@ -84,7 +93,7 @@ def build_kernels(kernels: Sequence[Kernel], arch: CudaArch, path: Path) -> Buil
             functions |= [combine.trace_combine(spec.dtype, spec.value_size, sinks=features.sinks, lse=features.lse)]
         if features.zeroed:
             functions |= [combine.trace_value_sum(spec.dtype, spec.value_size, key_padding=features.key_padding)]
-    built = build_library(functions, arch, path)
+    built = build_library(functions, arch, path, table=kernel_table(kernels, arch))
     write_manifest(path, arch.name, tuple(kernels))
     return built
 
