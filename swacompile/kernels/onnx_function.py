@@ -4,6 +4,9 @@ A model that carries it runs in any ONNX runtime; where our library is registere
 place. One function serves all nodes of a model, so it is written for the union of what they use: `Body` says which. A
 node that lacks one of these features passes the neutral constant of docs/operator.md.
 
+Where the window is short beside the keys, queries are cut into N blocks of C, and each block meets only the L keys that
+some query of it may see: cost O(S * window) in any runtime. Otherwise there is one block with all keys.
+
 What runs for each pair of query and key and each head is what a dense graph has: MatMul, Add, Softmax, MatMul. The mask
 is made for one head, from comparisons of int32, and added as a finite number: in ONNX Runtime 1.32 Where takes four
 times as long as Add, and comparing int64 five times as long as int32 (S = T = 2048, two AVX-512 cores, 2026-11).
@@ -34,6 +37,9 @@ LOWEST: dict[int, float] = {
     TensorProto.BFLOAT16: -3.3895313e38,
 }
 """What is added to the score of a hidden key, by element type: the lowest finite number."""
+
+SMALLEST_BLOCK = 64
+"""Queries of a block, at least: below, a product is too small to be fast."""
 
 _SHAPE_SLICES = 15  # first opset whose Shape takes start and end
 _AXES_INPUT = 18  # first opset whose ReduceMax takes axes as an input
@@ -87,6 +93,11 @@ class Body:
     def zeroed(self) -> bool:
         return self.kind == "zeroed"
 
+    @property
+    def blocked(self) -> bool:
+        """Whether blocks of queries read their own keys only. A zeroed key counts in every row, and a bias (B,H,S,T) is dense by itself."""
+        return not self.zeroed and Optional.BIAS not in self.uses
+
     def inputs(self) -> tuple[str, ...]:
         """Names of the function's inputs: up to the last that any node uses."""
         last = max((INPUTS.index(name) for name in self.uses if name in INPUTS), default=2)
@@ -96,7 +107,10 @@ class Body:
 def banded_attention_function(body: Body) -> onnx.FunctionProto:
     """The function for a model of this opset."""
     writer = _Writer(body)
-    parts = (writer.numbers, writer.sizes, writer.window, writer.mask, writer.scores, writer.weights, writer.output)
+    parts = (
+        writer.numbers, writer.sizes, writer.reach, writer.blocks, writer.window, writer.mask, writer.scores,
+        writer.weights, writer.output,
+    )  # fmt: skip
     lines = "\n".join(line for part in parts for line in part())
     signature = f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(body.inputs())}) => (output)"
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {body.opset}]>'
@@ -148,7 +162,7 @@ class _Writer:
         for name, value in (("zero", 0), ("one", 1), ("far", FAR)):
             yield f"{name}_long = Constant<value_int = {value}>()"
             yield self._int(name, f"{name}_long")
-        for name, values in (("zero_1", [0]), ("one_1", [1]), ("last", [-1]), ("middle_axes", [1, 2])):
+        for name, values in (("zero_1", [0]), ("one_1", [1]), ("last", [-1]), ("length_axis", [2])):
             yield f"{name} = Constant<value_ints = {values}>()"
         yield f"lowest_float = Constant<value_float = {LOWEST[self.body.elem_type]:.8e}>()"
         yield self._typed("lowest", "lowest_float")
@@ -173,32 +187,79 @@ class _Writer:
             move = "Identity" if self.body.heads_first else "Transpose<perm = [0, 2, 1, 3]>"
             yield f"{name}_4d = {move}({name})"
 
+    def reach(self) -> Iterator[str]:
+        """How far a query sees: `left` and `right`, int32, FAR where unbounded."""
+        for side in ("left", "right"):
+            yield f"{side}_attribute = Constant<value_int: int = @{side}_window_size>()"
+            yield f"{side}_is_open = Less({side}_attribute, zero_long)"
+            yield f"{side}_long = Where({side}_is_open, far_long, {side}_attribute)"
+            yield self._int(side, f"{side}_long")
+
+    def blocks(self) -> Iterator[str]:
+        """`blocks` N of `block` C queries, which meet `width` L keys each: int32, and int64 of shape (1,).
+
+        C is a quarter of the window: smaller blocks waste fewer pairs and copy more keys. It was the fastest of 1/8 to 2 windows
+        in ONNX Runtime 1.32 (S = T = 256 to 4096, windows 64 to 2048). Blocks must save a quarter of the keys to be worth their copies.
+        """
+        if self.body.blocked:
+            for name, value in (("quarter", 4), ("keys_share", 3), ("smallest_block", SMALLEST_BLOCK)):
+                yield f"{name} = Constant<value_int = {value}>()"
+            yield "reach_long = Add(left_long, right_long)"
+            yield "reach_quarter = Div(reach_long, quarter)"
+            yield "preferred_block = Max(reach_quarter, smallest_block)"
+            yield "smaller_block = Min(preferred_block, queries_long)"
+            yield "span = Add(smaller_block, reach_long)"
+            yield "four_spans = Mul(span, quarter)"
+            yield "three_quarters = Mul(keys_long, keys_share)"
+            yield "is_narrow = Less(four_spans, three_quarters)"
+            yield "block_or_none = Where(is_narrow, smaller_block, queries_long)"
+            yield "width_long = Where(is_narrow, span, keys_long)"
+        else:
+            yield "block_or_none = Identity(queries_long)"
+            yield "width_long = Identity(keys_long)"
+        yield "block_long = Max(block_or_none, one_long)"
+        yield "before_block = Sub(block_long, one_long)"
+        yield "rounded_up = Add(queries_long, before_block)"
+        yield "blocks_long = Div(rounded_up, block_long)"
+        for name in ("block", "width", "blocks"):
+            yield f"{name}_1 = Unsqueeze({name}_long, zero_1)"
+            yield self._int(name, f"{name}_long")
+
     def window(self) -> Iterator[str]:
-        """`kv_idx` (T,); `position`, `first_key`, `last_key` (S,1): a query's place and what it may see. All int32."""
-        start = "zero"
+        """`query_idx` (N,C), `kv_idx` (N,L); `position`, `first_key`, `last_key` (N,C,1): a query's place and what it may see. All int32."""
+        yield "block_shape = Concat<axis = 0>(blocks_1, block_1)"
+        yield "rows_and_rest = Mul(blocks, block)"
+        yield "row_numbers = Range(zero, rows_and_rest, one)"
+        yield "row_idx = Reshape(row_numbers, block_shape)"
+        yield "last_query = Sub(queries, one)"
+        yield "query_idx = Min(row_idx, last_query)"  # what fills up the last block is cut off at the end
+        positions = "row_idx"
         if self._uses(Optional.OFFSET):
             yield self._int("first_position", "offset")
-            start = "first_position"
+            positions = "positions"
         elif self.body.alignment == "bottom_right":
             yield "first_position = Sub(keys, queries)"
-            start = "first_position"
-        end = "queries"
-        if start != "zero":
-            yield "end_position = Add(first_position, queries)"
-            end = "end_position"
-        yield f"positions = Range({start}, {end}, one)"
-        yield "position = Unsqueeze(positions, last)"
-        yield "kv_idx = Range(zero, keys, one)"
-        for side in ("left", "right"):
-            yield f"{side}_long = Constant<value_int: int = @{side}_window_size>()"
-            yield f"{side}_is_open = Less({side}_long, zero_long)"
-            yield f"{side}_or_far = Where({side}_is_open, far_long, {side}_long)"
-            yield self._int(side, f"{side}_or_far")
+            positions = "positions"
+        if positions == "positions":
+            yield "positions = Add(row_idx, first_position)"
+        yield f"position = Unsqueeze({positions}, last)"
         chunks = self._uses(Optional.CHUNKS) and not self.body.zeroed
         yield ("window_start" if chunks else "first_key") + " = Sub(position, left)"
         yield ("window_end" if chunks else "last_key") + " = Add(position, right)"
+        yield from self._keys_of_blocks(positions)
         if chunks:
             yield from self._chunks()
+
+    def _keys_of_blocks(self, positions: str) -> Iterator[str]:
+        """A block's keys start at the first that its first query may see, moved so that all L exist."""
+        yield f"block_position = Slice({positions}, zero_1, one_1, one_1)"  # (N,1)
+        yield "block_start = Sub(block_position, left)"
+        yield "last_start = Sub(keys, width)"
+        yield "earliest = Max(block_start, zero)"
+        yield "start_key = Min(earliest, last_start)"
+        yield "columns = Range(zero, width, one)"
+        yield "kv_idx = Add(start_key, columns)"
+        yield "kv_row = Unsqueeze(kv_idx, one_1)"  # (N,1,L)
 
     def _chunks(self) -> Iterator[str]:
         """A query sees its own chunk only. Mod rounds down, as negative positions need."""
@@ -216,9 +277,9 @@ class _Writer:
         yield "last_key = Where(has_chunks, earlier_end, window_end)"
 
     def mask(self) -> Iterator[str]:
-        """`outside` (S,T): not in the band. `penalty`, (S,T) to (B,1,S,T): what hides a key, or 0."""
-        yield "too_early = Less(kv_idx, first_key)"
-        yield "too_late = Greater(kv_idx, last_key)"
+        """`outside` (N,C,L): not in the band. `penalty`, (N,C,L) to (B,1,N,C,L): what hides a key, or 0."""
+        yield "too_early = Less(kv_row, first_key)"
+        yield "too_late = Greater(kv_row, last_key)"
         yield "outside = Or(too_early, too_late)"
         hidden = None if self.body.zeroed else "outside"
         if self._uses(Optional.SEGMENTS) and not self.body.zeroed:
@@ -226,9 +287,11 @@ class _Writer:
             yield "outside_segment = Or(outside, other_segment)"
             hidden = "outside_segment"
         if self._uses(Optional.KEY_PADDING):
-            yield "padding = Not(key_padding)"
-            yield "padding_4d = Unsqueeze(padding, middle_axes)"
-            yield f"hidden = Or({hidden}, padding_4d)" if hidden else "hidden = Identity(padding_4d)"
+            yield from self._gather_keys("visible", "key_padding")
+            yield "padding = Not(visible)"
+            yield "padding_axes = Constant<value_ints = [1, 3]>()"
+            yield "padding_5d = Unsqueeze(padding, padding_axes)"
+            yield f"hidden = Or({hidden}, padding_5d)" if hidden else "hidden = Identity(padding_5d)"
             hidden = "hidden"
         if hidden is None:
             return
@@ -238,37 +301,47 @@ class _Writer:
             yield self._typed("is_hidden", hidden)
             yield "penalty = Mul(is_hidden, lowest)"
 
+    def _gather_keys(self, name: str, operand: str) -> Iterator[str]:
+        """(B,T) to (B,N,L): what each key of each block has. The neutral operand has one column, for all keys."""
+        yield from self._size(f"{operand}_columns_1", operand, 1)
+        yield self._int(f"{operand}_columns", f"{operand}_columns_1")
+        yield f"{operand}_last = Sub({operand}_columns, one)"
+        yield f"{operand}_idx = Min(kv_idx, {operand}_last)"
+        yield f"{name} = Gather<axis = 1>({operand}, {operand}_idx)"
+
     def _segments(self) -> Iterator[str]:
-        """`other_segment` (B,1,S,T). A query at no key's position has no segment; one label is the neutral operand."""
-        yield from self._size("labels_1", "segments", 1)
-        yield self._int("labels", "labels_1")
-        yield "last_label = Sub(labels, one)"
-        yield "not_after = Min(positions, last_label)"
+        """`other_segment` (B,1,N,C,L). A query at no key's position has no segment; one label is the neutral operand."""
+        yield from self._gather_keys("key_labels", "segments")
+        yield "places = Squeeze(position, last)"
+        yield "not_after = Min(places, segments_last)"
         yield "labelled = Max(not_after, zero)"
-        yield "is_labelled = Equal(labelled, positions)"
+        yield "is_labelled = Equal(labelled, places)"
         yield "label_count = Size(segments)"
         yield "is_neutral = Equal(label_count, one_long)"
         yield "has_label = Or(is_labelled, is_neutral)"
         yield "no_label = Not(has_label)"
         yield "no_label_column = Unsqueeze(no_label, last)"
         yield "query_labels = Gather<axis = 1>(segments, labelled)"
-        yield "query_label_axes = Constant<value_ints = [1, 3]>()"
-        yield "query_labels_4d = Unsqueeze(query_labels, query_label_axes)"
-        yield "key_labels_4d = Unsqueeze(segments, middle_axes)"
-        yield "same_label = Equal(query_labels_4d, key_labels_4d)"
+        yield "query_label_axes = Constant<value_ints = [1, 4]>()"
+        yield "query_labels_5d = Unsqueeze(query_labels, query_label_axes)"
+        yield "key_label_axes = Constant<value_ints = [1, 3]>()"
+        yield "key_labels_5d = Unsqueeze(key_labels, key_label_axes)"
+        yield "same_label = Equal(query_labels_5d, key_labels_5d)"
         yield "other_label = Not(same_label)"
         yield "other_segment = Or(other_label, no_label_column)"
 
     def scores(self) -> Iterator[str]:
-        """`score` (B,H,S,T). With grouped heads (B,K,H/K,S,T), so that keys are broadcast and not repeated."""
+        """`score` (B,H,N,C,L). The product has (B,K,H/K,N,C,L) with grouped heads, so that keys are broadcast and not repeated."""
         yield from self._scale()
-        query, key, order = "query_4d", "key_4d", "0, 1, 3, 2"
+        yield "query_blocks = Gather<axis = 2>(query_4d, query_idx)"
+        yield "key_blocks = Gather<axis = 2>(key_4d, kv_idx)"
+        query, key, order = "query_blocks", "key_blocks", "0, 1, 2, 4, 3"
         if self.body.grouped:
-            yield "query_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, queries_1, size_1)"
-            yield "query_5d = Reshape(query_4d, query_shape)"
+            yield "query_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, blocks_1, block_1, size_1)"
+            yield "query_6d = Reshape(query_blocks, query_shape)"
             yield "group_axis = Constant<value_ints = [2]>()"
-            yield "key_5d = Unsqueeze(key_4d, group_axis)"
-            query, key, order = "query_5d", "key_5d", "0, 1, 2, 4, 3"
+            yield "key_6d = Unsqueeze(key_blocks, group_axis)"
+            query, key, order = "query_6d", "key_6d", "0, 1, 2, 3, 5, 4"
         yield f"key_t = Transpose<perm = [{order}]>({key})"
         # ONNX Runtime joins a product of float32 and the Mul after it into one kernel, and only that.
         if self.body.elem_type == TensorProto.FLOAT:
@@ -279,9 +352,9 @@ class _Writer:
             yield "scaled = MatMul(scaled_query, key_t)"
         scaled = "scaled"
         if self.body.grouped:
-            yield "score_shape = Concat<axis = 0>(zero_1, heads_1, queries_1, keys_1)"
-            yield "scaled_4d = Reshape(scaled, score_shape)"
-            scaled = "scaled_4d"
+            yield "score_shape = Concat<axis = 0>(zero_1, heads_1, blocks_1, block_1, width_1)"
+            yield "scaled_5d = Reshape(scaled, score_shape)"
+            scaled = "scaled_5d"
         if self._uses(Optional.SOFTCAP):
             yield from self._softcap(scaled)
         else:
@@ -310,7 +383,7 @@ class _Writer:
         )
 
     def weights(self) -> Iterator[str]:
-        """`weight` (B,H,S,T), or (B,H,S,T+1) with sinks: their share is the last column."""
+        """`weight` (B,H,N,C,L), or (B,H,N,C,L+1) with sinks: their share is the last column."""
         yield from self._zeroed_logits() if self.body.zeroed else self._hidden_logits()
         logits = "logits"
         if self._uses(Optional.SINKS):
@@ -322,7 +395,8 @@ class _Writer:
     def _hidden_logits(self) -> Iterator[str]:
         total = "penalty"
         if self._uses(Optional.BIAS):
-            yield "penalty_and_bias = Add(penalty, bias)"
+            yield "bias_5d = Unsqueeze(bias, length_axis)"
+            yield "penalty_and_bias = Add(penalty, bias_5d)"
             total = "penalty_and_bias"
         if self._uses(Optional.ALIBI):
             yield from self._slope_bias()
@@ -333,7 +407,8 @@ class _Writer:
     def _zeroed_logits(self) -> Iterator[str]:
         score = "score"
         if self._uses(Optional.BIAS):
-            yield "score_and_bias = Add(score, bias)"
+            yield "bias_5d = Unsqueeze(bias, length_axis)"
+            yield "score_and_bias = Add(score, bias_5d)"
             score = "score_and_bias"
         if self._uses(Optional.ALIBI):
             yield from self._slope_bias()
@@ -348,21 +423,22 @@ class _Writer:
         yield "logits = Add(banded, penalty)" if self._uses(Optional.KEY_PADDING) else "logits = Identity(banded)"
 
     def _slope_bias(self) -> Iterator[str]:
-        """`slope_bias` (H,S,T)."""
+        """`slope_bias` (H,N,C,L)."""
         yield from self._per_head("slopes", "alibi_slopes", "nothing_float")
-        yield "slopes_3d = Unsqueeze(slopes, middle_axes)"
-        yield "distance = Sub(kv_idx, position)"
+        yield "slope_axes = Constant<value_ints = [1, 2, 3]>()"
+        yield "slopes_4d = Unsqueeze(slopes, slope_axes)"
+        yield "distance = Sub(kv_row, position)"
         yield f"distance_float = Cast<to = {TensorProto.FLOAT}>(distance)"
-        yield "slope_bias_float = Mul(slopes_3d, distance_float)"
+        yield "slope_bias_float = Mul(slopes_4d, distance_float)"
         yield self._typed("slope_bias", "slope_bias_float")
 
     def _sink_column(self) -> Iterator[str]:
-        """`sink_column` (B,H,S,1)."""
+        """`sink_column` (B,H,N,C,1)."""
         yield from self._per_head("sink", "sinks", "lowest")
-        yield "sink_axes = Constant<value_ints = [0, 2, 3]>()"
-        yield "sink_4d = Unsqueeze(sink, sink_axes)"
-        yield "column_shape = Concat<axis = 0>(batch_1, heads_1, queries_1, one_1)"
-        yield "sink_column = Expand(sink_4d, column_shape)"
+        yield "sink_axes = Constant<value_ints = [0, 2, 3, 4]>()"
+        yield "sink_5d = Unsqueeze(sink, sink_axes)"
+        yield "column_shape = Concat<axis = 0>(batch_1, heads_1, blocks_1, block_1, one_1)"
+        yield "sink_column = Expand(sink_5d, column_shape)"
 
     def _per_head(self, name: str, operand: str, neutral: str) -> Iterator[str]:
         """An operand of shape (H,), or the neutral value for each head where it has shape (0,)."""
@@ -371,28 +447,33 @@ class _Writer:
         yield f"{name} = Slice({name}_or_neutral, zero_1, heads_1, zero_1)"
 
     def output(self) -> Iterator[str]:
-        value, weight, columns = "value_4d", "weight", "keys_1"
+        yield "value_blocks = Gather<axis = 2>(value_4d, kv_idx)"
+        value, weight, columns = "value_blocks", "weight", "width_1"
         if self._uses(Optional.SINKS):
             # Not Pad: inside a function, ONNX Runtime 1.19 to 1.24 refuses its second input.
-            yield "zero_row_shape = Concat<axis = 0>(batch_1, kv_heads_1, one_1, value_size_1)"
+            yield "zero_row_shape = Concat<axis = 0>(batch_1, kv_heads_1, blocks_1, one_1, value_size_1)"
             yield "zero_row = Expand(nothing, zero_row_shape)"
-            yield "value_and_zero = Concat<axis = 2>(value_4d, zero_row)"
-            yield "columns_1 = Add(keys_1, one_1)"
+            yield "value_and_zero = Concat<axis = 3>(value_blocks, zero_row)"
+            yield "columns_1 = Add(width_1, one_1)"
             value, columns = "value_and_zero", "columns_1"
         if self.body.grouped:
-            yield f"weight_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, queries_1, {columns})"
-            yield "weight_5d = Reshape(weight, weight_shape)"
-            yield f"value_5d = Unsqueeze({value}, group_axis)"
-            yield "mixed_5d = MatMul(weight_5d, value_5d)"
-            yield "mixed_shape = Concat<axis = 0>(zero_1, heads_1, queries_1, value_size_1)"
-            yield "mixed = Reshape(mixed_5d, mixed_shape)"
+            yield f"weight_shape = Concat<axis = 0>(zero_1, kv_heads_1, last, blocks_1, block_1, {columns})"
+            yield "weight_6d = Reshape(weight, weight_shape)"
+            yield f"value_6d = Unsqueeze({value}, group_axis)"
+            yield "mixed_6d = MatMul(weight_6d, value_6d)"
+            yield "mixed_shape = Concat<axis = 0>(zero_1, heads_1, blocks_1, block_1, value_size_1)"
+            yield "mixed = Reshape(mixed_6d, mixed_shape)"
         else:
             yield f"mixed = MatMul({weight}, {value})"
         yield from self._rows_without_keys()
-        yield "output = " + ("Identity(rows)" if self.body.heads_first else "Transpose<perm = [0, 2, 1, 3]>(rows)")
+        yield "rows_shape = Concat<axis = 0>(zero_1, heads_1, last, value_size_1)"
+        yield "rows_4d = Reshape(rows, rows_shape)"
+        yield "all_rows = Slice(rows_4d, zero_1, queries_1, length_axis)"
+        move = "Identity" if self.body.heads_first else "Transpose<perm = [0, 2, 1, 3]>"
+        yield f"output = {move}(all_rows)"
 
     def _rows_without_keys(self) -> Iterator[str]:
-        """`rows` (B,H,S,V): 0 where a query sees no key."""
+        """`rows` (B,H,N,C,V): 0 where a query sees no key."""
         if self.body.zeroed and not self._uses(Optional.KEY_PADDING):
             yield "rows = Identity(mixed)"
             return
@@ -409,7 +490,7 @@ class _Writer:
             yield "rows = Mul(mixed, row_counts)"
 
     def _row_sees_by_penalty(self) -> Iterator[str]:
-        """`row_sees`, (S,1) to (B,H,S,1)."""
+        """`row_sees`, (N,C,1) to (B,H,N,C,1)."""
         with_bias = self._uses(Optional.BIAS) and not self.body.zeroed
         penalty = "penalty_and_bias" if with_bias else "penalty"
         if self.body.opset >= _AXES_INPUT:

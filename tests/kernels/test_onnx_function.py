@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
@@ -83,6 +84,52 @@ def test_a_bias_may_hide_all_keys() -> None:
     output = run(model(case), case)
     assert error_of(output, case) < TOLERANCE["float32"]
     assert not output[:, 1, 20:].any()
+
+
+LONG = PLAIN.but(queries=333, keys=333, head_size=8, value_size=8)
+BLOCKED = (
+    LONG,
+    LONG.but(name="two-sided", left=31, right=17, kv_heads=4),
+    LONG.but(name="one key", left=0),
+    LONG.but(name="decode", queries=1, alignment="bottom_right"),
+    LONG.but(name="many queries, few keys", keys=150, alignment="bottom_right", right=2),
+    LONG.but(name="before and after the keys", offset=-70, right=3, keys=200),
+    LONG.but(name="chunks", chunk_size=64, left=40, right=9),
+    LONG.but(name="operands", key_padding=True, segments=True, sinks=True, alibi=True, softcap=3.0, right=6, offset=5),
+    LONG.but(name="BSHD", layout="BSHD", key_padding=True, queries=257, alignment="bottom_right"),
+    LONG.but(name="float16", dtype="float16", sinks=True),
+)
+
+
+def score_shape(case: Case) -> tuple[int, ...]:
+    """Extents (B,H,N,C,L) of the scores that are really computed."""
+    inlined = onnx.inliner.inline_local_functions(model(case))
+    (score,) = (name for node in inlined.graph.node for name in node.output if name.split("__")[0] == "score")
+    inlined.graph.output.append(helper.make_empty_tensor_value_info(score))
+    return tuple(session(inlined).run([score], case.operands)[0].shape)
+
+
+@pytest.mark.parametrize("case", BLOCKED, ids=lambda case: case.name)
+def test_a_long_input_is_computed_in_blocks(case: Case) -> None:
+    made = model(case)
+    onnx.checker.check_model(made, full_check=True)
+    assert score_shape(case)[-1] < 0.75 * case.keys
+    assert error_of(run(made, case), case) < TOLERANCE[case.dtype]
+    wider = case.but(left=case.left + 1)
+    assert error_of(run(model(wider), wider), case) > 1e-2
+
+
+@pytest.mark.parametrize("left", [0, 1, 63, 64, 65, 184, 185, 186, 187, 332, 333, 334])
+@pytest.mark.parametrize("right", [0, 1])
+def test_windows_around_the_block_and_the_length(left: int, right: int) -> None:
+    case = LONG.but(left=left, right=right)
+    assert error_of(run(model(case), case), case) < TOLERANCE[case.dtype]
+
+
+def test_work_grows_with_length_times_window() -> None:
+    batch, heads, blocks, block, width = score_shape(LONG.but(queries=8000, keys=8000, left=99))
+    assert (batch, heads) == (2, 4)
+    assert 8000 <= blocks * block < 8000 + block and width == block + 99 and block == 64
 
 
 MIXED = (
