@@ -36,8 +36,16 @@ def add_kernels(path: str | Path) -> None:
     _library.add_kernels(Path(path))
 
 
+def add_cuda_kernels(path: str | Path, runtime: str | Path | None = None) -> None:
+    """Load a library of CUDA kernels; TVM's runtime libraries from the folder `runtime` where TVM is not installed.
+
+    Raises ArtifactError.
+    """
+    _library.add_cuda_kernels(Path(path), None if runtime is None else Path(runtime))
+
+
 def call_count() -> int:
-    """How many times a CPU kernel has run in this process."""
+    """How many times the operator has run a kernel in this process, on a CPU or on a GPU."""
     return _library.call_count()
 
 

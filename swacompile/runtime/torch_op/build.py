@@ -82,11 +82,11 @@ def _kernel_file(dtype: DType, head_size: int, value_size: int, target: Target) 
         *(_RUNTIME / "kernel_library").glob("*.*"),
         *(_RUNTIME / "host").glob("*.*"),
     ]
-    made_by = fingerprint((path for path in sources if path.is_file()), _tvm_version())
+    made_by = fingerprint((path for path in sources if path.is_file()), tvm_version())
     return f"kernels-{dtype}-d{head_size}-v{value_size}-{target.name}-{made_by}.so"
 
 
-def _tvm_version() -> str:
+def tvm_version() -> str:
     """Version of the compiler; "" without one, which finds no kernel that one has built. Raises ImportError."""
     try:
         return metadata.version("apache-tvm")

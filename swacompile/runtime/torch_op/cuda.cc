@@ -1,0 +1,253 @@
+// The CUDA kernel of the operator: torch tensors go in place to TVM-made kernels, on torch's current stream.
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cuda_kernels.h"
+#include "op.h"
+
+#define SWACOMPILE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace swacompile {
+namespace {
+
+constexpr char name[] = "swacompile::banded_attention";
+constexpr int64_t longest = (int64_t{1} << 29) - 1;  // positions are 32-bit sums of three lengths
+constexpr uintptr_t alignment = 16;                  // bytes, of the copies into shared memory
+constexpr size_t map_bytes = 128;                    // sizeof(CUtensorMap)
+constexpr int64_t l2_share = 2;                      // half of the L2 cache for keys and values; queries and outputs pass through the rest
+constexpr int most_arguments = 24;
+
+std::atomic<uint64_t> calls{0};
+
+DLDataType dl_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return {kDLFloat, 32, 1};
+    case at::kHalf: return {kDLFloat, 16, 1};
+    case at::kBFloat16: return {kDLBfloat, 16, 1};
+    case at::kLong: return {kDLInt, 64, 1};
+    default: return {kDLUInt, 8, 1};
+  }
+}
+
+// A tensor as TVM's functions take it.
+class View {
+ public:
+  View() = default;
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  void show(at::Tensor tensor) {
+    kept_ = std::move(tensor);
+    std::copy(kept_.sizes().begin(), kept_.sizes().end(), sizes_);
+    std::copy(kept_.strides().begin(), kept_.strides().end(), strides_);
+    const int rank = static_cast<int>(kept_.dim());
+    // torch leaves the strides of axes of one element open; a tensor map needs multiples of 16 bytes there, too.
+    for (int axis = 0; axis < rank; ++axis) {
+      if (sizes_[axis] == 1) strides_[axis] = axis == rank - 1 ? 1 : sizes_[rank - 1];
+    }
+    view_ = {kept_.data_ptr(), {kDLCUDA, kept_.get_device()}, rank, dl_type(kept_.scalar_type()), sizes_, strides_, 0};
+  }
+
+  DLTensor* get() { return kept_.defined() ? &view_ : nullptr; }
+  const at::Tensor& tensor() const { return kept_; }
+
+ private:
+  at::Tensor kept_;
+  DLTensor view_{};
+  int64_t sizes_[4] = {}, strides_[4] = {};
+};
+
+// The arguments of one call of a TVM function.
+class Arguments {
+ public:
+  Arguments& tensor(View& view) { return view.get() == nullptr ? none() : add(kTVMFFIDLTensorPtr, [&](TVMFFIAny& to) { to.v_ptr = view.get(); }); }
+  Arguments& pointer(void* address) { return add(kTVMFFIOpaquePtr, [&](TVMFFIAny& to) { to.v_ptr = address; }); }
+  Arguments& integer(int64_t value) { return add(kTVMFFIInt, [&](TVMFFIAny& to) { to.v_int64 = value; }); }
+  Arguments& real(double value) { return add(kTVMFFIFloat, [&](TVMFFIAny& to) { to.v_float64 = value; }); }
+  Arguments& none() { return add(kTVMFFINone, [](TVMFFIAny&) {}); }
+
+  void call(CudaFunction function) const { swacompile::call(function, values_, count_); }
+
+ private:
+  template <class Fill>
+  Arguments& add(int32_t type, Fill fill) {
+    values_[count_].type_index = type;
+    fill(values_[count_++]);
+    return *this;
+  }
+
+  TVMFFIAny values_[most_arguments] = {};
+  int32_t count_ = 0;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t side(int64_t size) { return size < 0 ? unbounded : std::min(size, unbounded); }
+
+uint32_t features_of(const Operands& is, const Options& with) {
+  const auto bit = [](bool on, uint32_t value) { return on ? value : 0; };
+  return bit(is.sinks.has_value(), feature::sinks) | bit(with.softcap != 0, feature::softcap) |
+         bit(is.key_padding.has_value(), feature::key_padding) | bit(is.segments.has_value(), feature::segments) |
+         bit(is.bias.has_value(), feature::bias) | bit(is.alibi_slopes.has_value(), feature::alibi) |
+         bit(with.chunk_size > 0, feature::chunked) | bit(with.zeroed, feature::zeroed);
+}
+
+// One launch: the kernel that was chosen, and how many shares of the keys its blocks take.
+class Launch {
+ public:
+  Launch(const Operands& is, const Options& with, const at::Tensor& output, const Gpu& gpu)
+      : is_(is), with_(with), gpu_(gpu), kernel_(nullptr) {
+    choose();
+    query_.show(rows(is.query));
+    key_.show(rows(is.key));
+    value_.show(rows(is.value));
+    output_.show(output);
+    show(key_padding_, is.key_padding);
+    show(segments_, is.segments);
+    show(sinks_, is.sinks);
+    show(alibi_slopes_, is.alibi_slopes);
+    if (is.bias.has_value()) {
+      const at::Tensor& bias = *is.bias;
+      const auto shape = {is.query.size(0), is.query.size(1), is.query.size(2), is.key.size(2)};
+      bias_.show((bias.stride(3) == 1 ? bias : bias.contiguous()).expand(shape));
+    }
+  }
+
+  void run() {
+    if (kernel_->sum_values != nullptr) sum_values();
+    if (kernel_->combine == nullptr) return launch(output_);
+    const auto options = is_.query.options().dtype(at::kFloat);
+    const int64_t batch = shares_ * is_.query.size(0), heads = is_.query.size(1), queries = is_.query.size(2);
+    View partial;
+    partial.show(at::empty({batch, heads, queries, is_.value.size(3)}, options));
+    lse_.show(at::empty({batch, heads, queries}, options));
+    launch(partial);
+    Arguments().tensor(partial).tensor(lse_).tensor(output_).tensor(sinks_).none().integer(shares_).call(kernel_->combine);
+  }
+
+ private:
+  // Few queries leave most of the GPU idle: then the keys are split, too, where there is a kernel for that.
+  void choose() {
+    const int64_t group = is_.query.size(1) / is_.key.size(1);
+    const int64_t band = with_.left < 0 || with_.right < 0 ? -1 : side(with_.left) + side(with_.right) + 1;
+    CudaNeed need{dl_type(is_.query.scalar_type()), is_.query.size(3), is_.value.size(3), features_of(is_, with_), group, band};
+    kernel_ = &find_cuda_kernel(need, gpu_);
+    need.features |= feature::split;
+    const CudaKernel* split = with_.zeroed ? nullptr : loaded_cuda_kernel(need, gpu_);
+    if (split == nullptr) return;
+    const int64_t shares = shares_of(*split);
+    if (shares == 1 && is_.query.size(2) > split->positions) return;
+    kernel_ = split;
+    shares_ = shares;
+  }
+
+  // Shares that fill the GPU once, none under two key tiles.
+  int64_t shares_of(const CudaKernel& kernel) const {
+    const int64_t groups = ceil_div(is_.query.size(1) / is_.key.size(1), kernel.pack);
+    const int64_t tiles = is_.key.size(0) * is_.key.size(1) * groups * ceil_div(is_.query.size(2), kernel.positions);
+    const int64_t room = int64_t{gpu_.multiprocessors} * kernel.blocks_per_sm / std::max<int64_t>(tiles, 1);
+    return std::max<int64_t>(1, std::min(room, ceil_div(keys_of_tile(kernel), kernel.keys_per_tile) / 2));
+  }
+
+  // Keys that one tile of queries touches at most.
+  int64_t keys_of_tile(const CudaKernel& kernel) const {
+    return std::min(is_.key.size(2), side(with_.left) + side(with_.right) + kernel.positions);
+  }
+
+  // (batch, key head) pairs whose keys and values fit in the cache side by side.
+  int64_t heads_per_wave() const {
+    const int64_t bytes = is_.key.element_size() * keys_of_tile(*kernel_) * (is_.query.size(3) + is_.value.size(3));
+    return std::clamp<int64_t>(gpu_.l2_bytes / l2_share / bytes, 1, is_.key.size(0) * is_.key.size(1));
+  }
+
+  // As the kernels read rows: the last axis in one piece, everything at multiples of 16 bytes. Other tensors are copied.
+  static at::Tensor rows(const at::Tensor& tensor) {
+    bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0 && (tensor.stride(3) == 1 || tensor.size(3) == 1);
+    for (int axis = 0; axis < 3; ++axis) {
+      const int64_t bytes = tensor.stride(axis) * tensor.element_size();
+      fits = fits && (tensor.size(axis) == 1 || (bytes > 0 && bytes % static_cast<int64_t>(alignment) == 0));
+    }
+    return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+  }
+
+  static void show(View& view, const OptionalTensor& tensor) {
+    if (tensor.has_value()) view.show(tensor->contiguous());
+  }
+
+  // The zeroed kind adds exp(score) - 1 within the band to a sum over all values.
+  void sum_values() {
+    const at::Tensor& value = is_.value;
+    value_sum_.show(at::empty({value.size(0), value.size(1), value.size(3) + 1}, value.options().dtype(at::kFloat)));
+    Arguments().tensor(value_).tensor(key_padding_).tensor(value_sum_).call(kernel_->sum_values);
+  }
+
+  void launch(View& target) {
+    Arguments arguments;
+    alignas(64) char maps[4][map_bytes];
+    if (kernel_->describe != nullptr) {
+      Arguments described;
+      described.tensor(query_).tensor(key_).tensor(value_).tensor(output_);
+      for (char* map : maps) described.pointer(map);
+      described.call(kernel_->describe);
+      for (char* map : maps) arguments.pointer(map);
+    } else {
+      arguments.tensor(query_).tensor(key_).tensor(value_);
+    }
+    arguments.tensor(target).tensor(lse_).tensor(key_padding_).tensor(segments_).tensor(sinks_).tensor(bias_);
+    arguments.tensor(alibi_slopes_).tensor(value_sum_);
+    arguments.integer(is_.key.size(1)).integer(is_.key.size(2)).integer(side(with_.left)).integer(side(with_.right));
+    arguments.integer(offset_of(is_, with_)).integer(std::max<int64_t>(with_.chunk_size, 1)).integer(shares_);
+    arguments.integer(heads_per_wave()).integer(int64_t{gpu_.multiprocessors} * kernel_->blocks_per_sm);
+    arguments.real(with_.scale).real(with_.softcap).call(kernel_->launch);
+  }
+
+  const Operands& is_;
+  const Options& with_;
+  const Gpu& gpu_;
+  const CudaKernel* kernel_;
+  int64_t shares_ = 1;
+  View query_, key_, value_, output_, key_padding_, segments_, sinks_, bias_, alibi_slopes_, lse_, value_sum_;
+};
+
+void check_cuda(const Operands& is, const Options& with) {
+  TORCH_CHECK(with.scale > 0, name, ": scale: expected more than 0 on CUDA, found ", with.scale, ". Negate the query");
+  const int64_t found = std::max(is.query.size(2), is.key.size(2));
+  TORCH_CHECK(found <= longest, name, ": expected at most ", longest, " queries and keys on CUDA, found ", found);
+}
+
+at::Tensor forward_cuda(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& key_padding,
+    const OptionalTensor& segments, const OptionalTensor& sinks, const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& offset, double scale, double softcap, int64_t left, int64_t right, bool bottom_right,
+    int64_t chunk_size, bool zeroed, bool bshd_output) {
+  const Operands is{query, key, value, key_padding, segments, sinks, bias, alibi_slopes, offset};
+  const Options with{scale, softcap, left, right, bottom_right, chunk_size, zeroed, bshd_output};
+  check(is, with);
+  check_cuda(is, with);
+  const c10::DeviceGuard guard(query.device());  // TVM makes the tensors' GPU the current one
+  at::Tensor output = empty_output(is, with);
+  if (output.numel() == 0) return output;
+  if (key.size(2) == 0) return output.zero_();
+  const int index = query.get_device();
+  try {
+    Launch launch(is, with, output, gpu(index));
+    const LaunchStream stream(index, current_stream(index));
+    launch.run();
+  } catch (const std::runtime_error& error) {
+    TORCH_CHECK(false, name, ": ", error.what());
+  }
+  calls.fetch_add(1, std::memory_order_relaxed);
+  return output;
+}
+
+}  // namespace
+}  // namespace swacompile
+
+TORCH_LIBRARY_IMPL(swacompile, CUDA, library) { library.impl("banded_attention", swacompile::forward_cuda); }
+
+// How many times the operator has launched CUDA kernels in this process.
+SWACOMPILE_EXPORT uint64_t swacompile_torch_cuda_call_count() { return swacompile::calls; }
