@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from swacompile import pipeline
+from swacompile import cli_bench, cli_tuning, pipeline
 from swacompile.attention import BandProof, Kind, Refutation
-from swacompile.cli_tuning import records_folder, register
+from swacompile.cli_tuning import records_folder
 from swacompile.errors import SwacompileError
 from swacompile.pipeline import Emit
 from swacompile.report.findings import as_json, explain, print_findings, print_outcomes
@@ -145,7 +145,8 @@ def compile_(
     raise typer.Exit(0 if done.rewrite.replaced else NOTHING_DONE)
 
 
-register(app)
+cli_bench.register(app)
+cli_tuning.register(app)
 
 
 def _rewrite_document(done: pipeline.Rewrite) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""The command bench, as people and scripts see it."""
+
+import json
+
+import pytest
+
+WORKLOAD = "f32-d16-v16-g2-w16-n64"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to time"),
+        (["nonsense"], "or a model file (.onnx, .pt2), or a set: prefill, short, decode"),
+        (["missing.onnx"], "missing.onnx"),
+        (["f32-d16-v16-g1-w16-n64-alibi"], "no peers for alibi"),
+        (["bf16-d16-v16-g1-w16-n64"], "no peers for bf16"),
+        ([WORKLOAD, "--target", "toaster"], "unknown target 'toaster'"),
+        ([WORKLOAD, "--target", "aarch64_neon"], "expected a target that this machine runs"),
+        ([WORKLOAD, "--contender", "fish"], "no contender 'fish'"),
+        (["--plot", "picture.gif"], ".svg or .png, found '.gif'"),
+        (["--plot", "no-such-folder/picture.svg"], "the folder no-such-folder does not exist"),
+        (["--plot", "picture.svg", "--target", "cuda"], "--plot draws CPU kernels"),
+        (["f32-d60000-v16-g1-w16-n64"], "more than 65536 bytes of scratch"),
+    ],
+)
+def test_mistakes(run_cli, tmp_path, arguments, words):
+    result = run_cli("bench", *arguments, "--records", tmp_path)
+    assert result.code == 2 and words in result.err
+
+
+@pytest.mark.parametrize("target", ["cuda", "nvidia/nvidia-h100"])
+def test_cuda_needs_a_device(run_cli, monkeypatch, target):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run_cli("bench", "--target", target)
+    assert result.code == 2 and "expected a CUDA device" in result.err
+
+
+def test_a_model_without_windows(run_cli, corpus):
+    result = run_cli("bench", corpus / "longformer" / "ts-sdpa-dyn-pad.onnx")
+    assert result.code == 2 and "no attention has a window" in result.err
+
+
+@pytest.mark.cpu
+def test_document(run_cli, tmp_path):
+    result = run_cli(
+        "bench", WORKLOAD, "--json", "--contender", "dense", "--seconds", 0, "--threads", 1, "--threads", 2
+    )
+    assert result.code == 0
+    document = json.loads(result.out)
+    assert document["machine"]["cores"] >= 1
+    rows = document["rows"]
+    assert [(row["contender"], row["threads"]) for row in rows] == [
+        ("swacompile", 1), ("ORT dense", 1), ("swacompile", 2), ("ORT dense", 2),
+    ]  # fmt: skip
+    assert all(row["median"] > 0 and not row["refused"] for row in rows)
+
+
+@pytest.mark.cpu
+def test_table_of_a_model(run_cli, corpus):
+    model = corpus / "mistral" / "onnx-sdpa-dyn-pad.onnx"
+    result = run_cli("bench", model, "--length", 64, "--contender", "dense", "--seconds", 0)
+    assert result.code == 0
+    assert "| 4/2 heads, D 8, 64 x 64, window 5, key padding | 1 | swacompile |" in result.out
+    assert "1 x 64, window 5" in result.out and "the fastest peer, ORT dense" in result.out
