@@ -40,7 +40,7 @@ class View {
   View(const View&) = delete;
   View& operator=(const View&) = delete;
 
-  void show(at::Tensor tensor) {
+  void show(at::Tensor tensor, int gpu_index) {
     kept_ = std::move(tensor);
     std::copy(kept_.sizes().begin(), kept_.sizes().end(), sizes_);
     std::copy(kept_.strides().begin(), kept_.strides().end(), strides_);
@@ -49,7 +49,7 @@ class View {
     for (int axis = 0; axis < rank; ++axis) {
       if (sizes_[axis] == 1) strides_[axis] = axis == rank - 1 ? 1 : sizes_[rank - 1];
     }
-    view_ = {kept_.data_ptr(), {kDLCUDA, kept_.get_device()}, rank, dl_type(kept_.scalar_type()), sizes_, strides_, 0};
+    view_ = {kept_.data_ptr(), {kDLCUDA, gpu_index}, rank, dl_type(kept_.scalar_type()), sizes_, strides_, 0};
   }
 
   DLTensor* get() { return kept_.defined() ? &view_ : nullptr; }
@@ -99,13 +99,13 @@ uint32_t features_of(const Operands& is, const Options& with) {
 // One launch: the kernel that was chosen, and how many shares of the keys its blocks take.
 class Launch {
  public:
-  Launch(const Operands& is, const Options& with, const at::Tensor& output, const Gpu& gpu)
-      : is_(is), with_(with), gpu_(gpu), kernel_(nullptr) {
+  Launch(const Operands& is, const Options& with, const at::Tensor& output, int gpu_index)
+      : is_(is), with_(with), index_(gpu_index), gpu_(gpu(gpu_index)) {
     choose();
-    query_.show(rows(is.query));
-    key_.show(rows(is.key));
-    value_.show(rows(is.value));
-    output_.show(output);
+    query_.show(rows(is.query), index_);
+    key_.show(rows(is.key), index_);
+    value_.show(rows(is.value), index_);
+    output_.show(output, index_);
     show(key_padding_, is.key_padding);
     show(segments_, is.segments);
     show(sinks_, is.sinks);
@@ -113,7 +113,7 @@ class Launch {
     if (is.bias.has_value()) {
       const at::Tensor& bias = *is.bias;
       const auto shape = {is.query.size(0), is.query.size(1), is.query.size(2), is.key.size(2)};
-      bias_.show((bias.stride(3) == 1 ? bias : bias.contiguous()).expand(shape));
+      bias_.show((bias.stride(3) == 1 ? bias : bias.contiguous()).expand(shape), index_);
     }
   }
 
@@ -123,8 +123,8 @@ class Launch {
     const auto options = is_.query.options().dtype(at::kFloat);
     const int64_t batch = shares_ * is_.query.size(0), heads = is_.query.size(1), queries = is_.query.size(2);
     View partial;
-    partial.show(at::empty({batch, heads, queries, is_.value.size(3)}, options));
-    lse_.show(at::empty({batch, heads, queries}, options));
+    partial.show(at::empty({batch, heads, queries, is_.value.size(3)}, options), index_);
+    lse_.show(at::empty({batch, heads, queries}, options), index_);
     launch(partial);
     Arguments().tensor(partial).tensor(lse_).tensor(output_).tensor(sinks_).none().integer(shares_).call(kernel_->combine);
   }
@@ -174,14 +174,14 @@ class Launch {
     return fits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
   }
 
-  static void show(View& view, const OptionalTensor& tensor) {
-    if (tensor.has_value()) view.show(tensor->contiguous());
+  void show(View& view, const OptionalTensor& tensor) const {
+    if (tensor.has_value()) view.show(tensor->contiguous(), index_);
   }
 
   // The zeroed kind adds exp(score) - 1 within the band to a sum over all values.
   void sum_values() {
     const at::Tensor& value = is_.value;
-    value_sum_.show(at::empty({value.size(0), value.size(1), value.size(3) + 1}, value.options().dtype(at::kFloat)));
+    value_sum_.show(at::empty({value.size(0), value.size(1), value.size(3) + 1}, value.options().dtype(at::kFloat)), index_);
     Arguments().tensor(value_).tensor(key_padding_).tensor(value_sum_).call(kernel_->sum_values);
   }
 
@@ -207,8 +207,9 @@ class Launch {
 
   const Operands& is_;
   const Options& with_;
+  int index_;
   const Gpu& gpu_;
-  const CudaKernel* kernel_;
+  const CudaKernel* kernel_ = nullptr;
   int64_t shares_ = 1;
   View query_, key_, value_, output_, key_padding_, segments_, sinks_, bias_, alibi_slopes_, lse_, value_sum_;
 };
@@ -234,7 +235,7 @@ at::Tensor forward_cuda(
   if (key.size(2) == 0) return output.zero_();
   const int index = query.get_device();
   try {
-    Launch launch(is, with, output, gpu(index));
+    Launch launch(is, with, output, index);
     const LaunchStream stream(index, current_stream(index));
     launch.run();
   } catch (const std::runtime_error& error) {
