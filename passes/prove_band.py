@@ -12,6 +12,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
@@ -162,9 +163,13 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
 
     What is the same for a whole row does not change a softmax. The equality is needed where a key is visible only.
     """
-    factors = bias.args if bias.op is Op.REAL_MUL else (real(1.0), bias)
-    for slope, distance in (factors, factors[::-1]):
-        if {axes.batch, axes.query, axes.key} & set(walk(slope)) or axes.key not in walk(distance):
+    moving = {axes.batch, axes.query, axes.key}
+    factors = tuple(_factors(bias))
+    fixed = [factor for factor in factors if not moving & set(walk(factor))]
+    distances = [factor for factor in factors if factor not in fixed]
+    slope = reduce(real_mul, fixed, real(1.0))
+    for distance in distances if len(distances) == 1 else ():
+        if axes.key not in walk(distance):
             continue
         try:
             steps = to_integer(ideal(distance))
@@ -175,6 +180,14 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
             if same_row or is_valid(or_(not_(visible), eq(steps, ahead))):
                 return real_mul(slope, real(sign))
     return None
+
+
+def _factors(product: Expr) -> Iterator[Expr]:
+    if product.op is not Op.REAL_MUL:
+        yield product
+        return
+    for part in product.args:
+        yield from _factors(part)
 
 
 def _other_kind_at_a_position(site: Attention) -> Verdict | None:

@@ -12,6 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from swacompile import artifact, pipeline
+from swacompile.attention import ResidualKind
 from swacompile.errors import ModelError, OutputError
 from swacompile.frontends.fx import FxModel, read_exported_program, read_graph_module, read_pt2
 from swacompile.frontends.fx_splice import Spliced, splice
@@ -135,7 +136,7 @@ def _spliced(source: FxModel, *, full: bool) -> tuple[Spliced, dict[str, Any]]:
     """The rewritten program, and the report on the source."""
     reading = read_masks(source.graph)
     findings = pipeline.find(reading)
-    outcomes = plan_rewrite(reading, findings, full=full, dtypes=DTYPES)
+    outcomes = plan_rewrite(reading, findings, full=full, dtypes=DTYPES, residuals=frozenset(ResidualKind))
     name = source.path.name if source.path else source.graph.name
     return splice(source, outcomes), as_json(name, findings)
 

@@ -23,7 +23,8 @@ from swacompile.attention import Kind, Layout, Operand, Refutation
 from swacompile.band import Alignment
 from swacompile.frontends.fx import FxModel
 from swacompile.frontends.fx_alias import base_name, view_of, written_operands
-from swacompile.passes.plan_rewrite import Replacement, RunTimeOperand
+from swacompile.passes.operands import Position, RunTimeOperand, Slopes
+from swacompile.passes.plan_rewrite import Replacement
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,11 @@ class _Splicer:
         site = outcome.site
         query, key, value = (self._operand(old, operand) for operand in (site.query, site.key, site.value))
         per_key = [self._per_key(old, key, operand) for operand in (outcome.key_padding, outcome.segments)]
-        sinks = self._sinks(old, query, site.sinks, site.heads)
+        dtype = _val(query).dtype
+        sinks = None if site.sinks is None else self._per_head(old, query, site.sinks, site.heads, dtype)
+        bias = self._bias(old, query, key, outcome.bias)
+        slopes = self._slopes(old, query, outcome.alibi_slopes, site.heads)
+        offset = self._offset(old, outcome.offset)
         options: dict[str, object] = {
             "scale": float(site.scale),
             "softcap": float(site.softcap or 0.0),
@@ -103,7 +108,7 @@ class _Splicer:
             "zeroed": outcome.proof.kind is Kind.ZEROED,
             "bshd_output": _heads_inside(old),
         }
-        new = self._call(old, swacompile_torch.overload(), (query, key, value, *per_key, sinks), options)
+        new = self._call(old, swacompile_torch.overload(), (query, key, value, *per_key, sinks, bias, slopes, offset), options)
         if site.merged_output:
             new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), _val(value).shape[3]]))
         old.replace_all_uses_with(new)
@@ -156,20 +161,49 @@ class _Splicer:
         is_condition = _val(node).dtype == torch.bool
         return node if is_condition else self._converted(old, node, torch.int64)
 
-    def _sinks(self, old: fx.Node, query: fx.Node, sinks: str | float | None, heads: int) -> fx.Node | None:
-        """(heads,), of the query's data type."""
-        dtype, device = _val(query).dtype, _val(query).device
-        if sinks is None:
-            return None
-        if isinstance(sinks, float):
-            return self._call(old, aten.full.default, ([heads], sinks), {"dtype": dtype, "device": device})
-        node = self._readable(old, sinks)
+    def _per_head(
+        self, old: fx.Node, query: fx.Node, value: str | float, heads: int, dtype: torch.dtype
+    ) -> fx.Node:
+        """(heads,), of this data type."""
+        if isinstance(value, float):
+            device = _val(query).device
+            return self._call(old, aten.full.default, ([heads], value), {"dtype": dtype, "device": device})
+        node = self._readable(old, value)
         for axis in reversed(range(_val(node).dim())):
             if _val(node).dim() > 1 and _val(node).shape[axis] != heads:
                 node = self._call(old, aten.select.int, (node, axis, 0))
+        while _val(node).dim() > 1:  # one head
+            node = self._call(old, aten.select.int, (node, 0, 0))
         if tuple(_val(node).shape) != (heads,):
-            raise _Refused("sink-form", f"expected {heads} sinks in {sinks}, found shape {tuple(_val(node).shape)}")
+            raise _Refused("head-form", f"expected {heads} numbers in {value}, found shape {tuple(_val(node).shape)}")
         return self._converted(old, node, dtype)
+
+    def _slopes(self, old: fx.Node, query: fx.Node, slopes: Slopes | None, heads: int) -> fx.Node | None:
+        """(heads,), float32."""
+        if slopes is None:
+            return None
+        value = slopes.factor if slopes.value is None else slopes.value
+        node = self._per_head(old, query, value, heads, torch.float32)
+        return node if slopes.value is None or slopes.factor == 1.0 else self._call(old, aten.neg.default, (node,))
+
+    def _bias(self, old: fx.Node, query: fx.Node, key: fx.Node, bias: str | None) -> fx.Node | None:
+        """(1 or batch, 1 or heads, queries, keys)."""
+        if bias is None:
+            return None
+        node = self._readable(old, bias)
+        missing = 4 - _val(node).dim()
+        leading = [self._size(old, node, axis - missing) if axis >= missing else 1 for axis in (0, 1)]
+        shape = [*leading, self._size(old, query, 2), self._size(old, key, 2)]
+        return self._call(old, aten.expand.default, (node, shape))
+
+    def _offset(self, old: fx.Node, position: Position | None) -> fx.Node | None:
+        """(), int64."""
+        if position is None:
+            return None
+        node = self._readable(old, position.value)
+        for place in reversed(position.index):
+            node = self._call(old, aten.select.int, (node, -1, place))
+        return self._converted(old, node, torch.int64)
 
     def _converted(self, old: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if _val(node).dtype == dtype:

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from swacompile.attention import Layout, Operand
 from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
-from swacompile.passes.plan_rewrite import RunTimeOperand
+from swacompile.passes.operands import RunTimeOperand
 
 log = logging.getLogger(__name__)
 
