@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from swacompile.frontends.fx_splice import Spliced, splice
 from swacompile.passes.plan_rewrite import plan_rewrite
 from swacompile.passes.read_masks import read_masks
 from swacompile.report.findings import as_json
+from swacompile.runtime.cuda.library import manifest_path
 from swacompile.runtime.kernel_link import build_kernel_library
 from swacompile.runtime.torch_op.build import operator_library
-from swacompile.target import Target, host_targets
+from swacompile.runtime.torch_op.cuda_build import carry_runtime
+from swacompile.runtime.torch_op.cuda_program import build_libraries, is_on_cuda, without_kernel
+from swacompile.target import Target, TargetClass, host_targets
 from swacompile.torch_artifact import KERNELS, PROGRAM
-from swacompile.tuning.database import Database
+from swacompile.tuning.database import Choice, Database
 
 DTYPES = ("float32", "float16", "bfloat16")
 TorchModel = Path | ExportedProgram | fx.GraphModule
@@ -80,31 +84,80 @@ def compile(
         progress(f"reading {model.name}")
         source = read(model)
         progress("proving masks")
-        spliced, report = _spliced(source, full=full)
+        spliced, report = _spliced(source, full=full, targets=targets)
         done = pipeline.Rewrite(model=model, out=out, outcomes=spliced.outcomes)
         if not done.replaced:
             raise artifact.Abandoned
         save(spliced.program, folder / PROGRAM)
-        variants = pipeline.kernel_variants(done.replaced)
-        progress(f"building {len(variants)} kernels for {', '.join(target.name for target in targets)}")
-        kernels = pipeline.choose_kernels(done.replaced, targets, database or Database())
-        build_kernel_library(variants, targets, folder / KERNELS, kernels)
-        operator = shutil.copy(operator_library(), folder)
-        choices = tuple(choice for kernel in kernels for choice in kernel.choices)
+        built = _build_cpu(done, _of_class(targets, TargetClass.CPU), database or Database(), folder, progress)
+        built += _build_cuda(spliced.program, _of_class(targets, TargetClass.CUDA), folder, progress)
+        operator = Path(shutil.copy(operator_library(), folder)).name
+        choices = tuple(choice for part in built for choice in part.choices)
+        names = (PROGRAM, operator, *(name for part in built for name in part.files))
         manifest = artifact.Manifest(
             source=model.name,
             replaced=tuple(replacement.site.node for replacement in done.replaced),
             targets=tuple(target.name for target in targets),
-            kernels=tuple(variant.function_name(target) for target in targets for variant in variants),
+            kernels=tuple(kernel for part in built for kernel in part.kernels),
             report=report,
             versions=artifact.versions() | {"torch": torch.__version__},
             tuning=tuple(map(str, choices)),
-            hashes={name: artifact.file_hash(folder / name) for name in (PROGRAM, KERNELS, Path(operator).name)},
+            hashes={name: artifact.file_hash(folder / name) for name in names},
         )
         artifact.write_manifest(folder, manifest)
         return pipeline.Compiled(rewrite=done, manifest=manifest, choices=choices)
     nothing = pipeline.Rewrite(model=model, out=None, outcomes=spliced.outcomes)
     return pipeline.Compiled(rewrite=nothing, manifest=None, choices=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    """Kernel libraries in the folder: names of files and of kernels, and where their sizes come from."""
+
+    files: tuple[str, ...]
+    kernels: tuple[str, ...]
+    choices: tuple[Choice, ...] = ()
+
+
+def _of_class(targets: Sequence[Target], wanted: TargetClass) -> tuple[Target, ...]:
+    return tuple(target for target in targets if target.target_class is wanted)
+
+
+def _build_cpu(
+    done: pipeline.Rewrite,
+    targets: Sequence[Target],
+    database: Database,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> tuple[_Built, ...]:
+    if not targets:
+        return ()
+    variants = pipeline.kernel_variants(done.replaced)
+    progress(f"building {len(variants)} kernels for {', '.join(target.name for target in targets)}")
+    kernels = pipeline.choose_kernels(done.replaced, targets, database)
+    build_kernel_library(variants, targets, folder / KERNELS, kernels)
+    names = tuple(variant.function_name(target) for target in targets for variant in variants)
+    return (
+        _Built(
+            files=(KERNELS,), kernels=names, choices=tuple(choice for kernel in kernels for choice in kernel.choices)
+        ),
+    )
+
+
+def _build_cuda(
+    program: ExportedProgram | fx.GraphModule,
+    targets: Sequence[Target],
+    folder: Path,
+    progress: Callable[[str], None],
+) -> tuple[_Built, ...]:
+    """Libraries, their manifests, and TVM's runtime, without which they do not run."""
+    if not targets:
+        return ()
+    progress(f"building CUDA kernels for {', '.join(target.name for target in targets)}")
+    libraries = build_libraries(program, targets, folder)
+    files = tuple(path.name for library in libraries for path in (library, manifest_path(library)))
+    names = tuple(name for kernels in libraries.values() for name in kernels)
+    return (_Built(files=(*files, *carry_runtime(folder)), kernels=names),)
 
 
 def read(
@@ -132,11 +185,13 @@ def save(program: ExportedProgram | fx.GraphModule, out: Path) -> None:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}). Nothing was changed.") from error
 
 
-def _spliced(source: FxModel, *, full: bool) -> tuple[Spliced, dict[str, Any]]:
-    """The rewritten program, and the report on the source."""
+def _spliced(source: FxModel, *, full: bool, targets: Sequence[Target] = ()) -> tuple[Spliced, dict[str, Any]]:
+    """The rewritten program, and the report on the source. What has no CUDA kernel stays as it is where a GPU is to run it."""
     reading = read_masks(source.graph)
     findings = pipeline.find(reading)
     outcomes = plan_rewrite(reading, findings, full=full, dtypes=DTYPES, residuals=frozenset(ResidualKind))
+    if is_on_cuda(source.module) or _of_class(targets, TargetClass.CUDA):
+        outcomes = tuple(map(without_kernel, outcomes))
     name = source.path.name if source.path else source.graph.name
     return splice(source, outcomes), as_json(name, findings)
 
