@@ -55,29 +55,33 @@ bool runs_neon() {
 
 struct InstructionSet {
   const char* name;
-  bool (*runs)();
+  bool runs;
 };
 
-constexpr InstructionSet instruction_sets[] = {
-    {"x86_64_v4", runs_v4},
-    {"x86_64_v3", runs_v3},
-    {"x86_64_v2", runs_v2},
-    {"aarch64_neon", runs_neon},
-};
+// Asked once: in a virtual machine each cpuid is an exit to the hypervisor, which costs some 10 us.
+const InstructionSet (&instruction_sets())[4] {
+  static const InstructionSet sets[] = {
+      {"x86_64_v4", runs_v4()},
+      {"x86_64_v3", runs_v3()},
+      {"x86_64_v2", runs_v2()},
+      {"aarch64_neon", runs_neon()},
+  };
+  return sets;
+}
 
 }  // namespace
 
 Support supports(const std::string& instruction_set) {
-  for (const InstructionSet& set : instruction_sets) {
-    if (instruction_set == set.name) return set.runs() ? Support::Yes : Support::No;
+  for (const InstructionSet& set : instruction_sets()) {
+    if (instruction_set == set.name) return set.runs ? Support::Yes : Support::No;
   }
   return Support::Unknown;
 }
 
 std::string supported_here() {
   std::string names;
-  for (const InstructionSet& set : instruction_sets) {
-    if (set.runs()) names += (names.empty() ? "" : ", ") + std::string(set.name);
+  for (const InstructionSet& set : instruction_sets()) {
+    if (set.runs) names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
   return names.empty() ? "no known target" : names;
 }
