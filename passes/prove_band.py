@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
-from swacompile.attention import Attention, Axes, BandProof, Kind, Refutation, Residual, ResidualKind, Witness
+from swacompile.attention import Attention, Axes, BandProof, Kind, Limits, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
 from swacompile.index_expr import (
     FALSE,
@@ -90,7 +90,7 @@ class Prover:
             )
         return BandProof(
             mask=verdict.mask, residuals=verdict.residuals, method=verdict.method, kind=verdict.kind,
-            valid_for=(*verdict.valid_for, *site.assumptions),
+            valid_for=(*verdict.valid_for, *verdict.limits.words, *site.assumptions), limits=verdict.limits,
         )  # fmt: skip
 
     def _verdict(self, site: Attention) -> Verdict:
@@ -141,8 +141,9 @@ class Prover:
             return Verdict(code="zeroed", kind=Kind.ZEROED, mask=verdict.mask, reason=f"scores outside the band {verdict.mask} are multiplied "
                             "by zero, and others are hidden for their position: the operator can do only one of the two")  # fmt: skip
         return Verdict(
-            mask=verdict.mask, residuals=counted, method=verdict.method, valid_for=verdict.valid_for, kind=Kind.ZEROED
-        )
+            mask=verdict.mask, residuals=counted, method=verdict.method, valid_for=verdict.valid_for, limits=verdict.limits,
+            kind=Kind.ZEROED,
+        )  # fmt: skip
 
 
 def _added(bias: Expr, site: Attention) -> Residual:
@@ -216,10 +217,10 @@ def _prove_formula(
             held = _holds(visible, and_(claim_of(band, axes), factors), axes)
             if held is not None:
                 kind = Kind.FULL if band.is_full else Kind.SLIDING
-                valid_for = (*_fixed_sizes(axes), *held)
-                return _placed(
-                    Verdict(mask=band, residuals=residuals, method="smt", valid_for=valid_for, kind=kind), added, axes
+                proven = Verdict(
+                    mask=band, residuals=residuals, method="smt", valid_for=_fixed_sizes(axes), limits=held, kind=kind
                 )
+                return _placed(proven, added, axes)
         return _refuted(visible, rest, factors, data, bands, axes)
     except (Undecided, Untranslatable) as error:
         return Verdict(code="undecided", reason=f"the solver could not decide the mask: {error}")
@@ -244,15 +245,15 @@ def _placed(verdict: Verdict, added: tuple[Residual, ...], axes: Axes) -> Verdic
     return replace(verdict, residuals=(*verdict.residuals, *added))
 
 
-def _holds(visible: Expr, claim: Expr, axes: Axes) -> tuple[str, ...] | None:
-    """The guards under which visible <=> claim is proven, weakest first; None where there is none."""
+def _holds(visible: Expr, claim: Expr, axes: Axes) -> Limits | None:
+    """The limits under which visible <=> claim is proven, weakest first; None where there is none."""
     limits = _limits(visible)
     for largest in limits:
         if always_equal(visible, claim, axes, largest=largest) is None:
-            return () if largest in (None, MAX_SIZE) else (f"sizes <= {largest}",)
+            return Limits(largest=None if largest == MAX_SIZE else largest)
     apart = const_int(sub(axes.keys, axes.queries)) is None
     if apart and None in limits and always_equal(visible, claim, axes, given=le(axes.queries, axes.keys)) is None:
-        return ("keys >= queries",)
+        return Limits(needs_keys_for_queries=True)
     return None
 
 
@@ -265,7 +266,7 @@ def _limits(mask: Expr) -> tuple[int | None, ...]:
 
 def _always(condition: Expr, claim: Expr, axes: Axes) -> bool:
     try:
-        return _holds(condition, claim, axes) == ()
+        return _holds(condition, claim, axes) == Limits()
     except (Undecided, Untranslatable):
         return False
 

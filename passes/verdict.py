@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from swacompile.attention import Kind, Residual, Witness
+from swacompile.attention import Kind, Limits, Residual, Witness
 from swacompile.band import BandMask
 
 
@@ -14,6 +14,7 @@ class Verdict:
     residuals: tuple[Residual, ...] = ()
     method: str = ""
     valid_for: tuple[str, ...] = ()
+    limits: Limits = Limits()
     code: str = ""
     reason: str = ""
     kind: Kind = Kind.UNKNOWN

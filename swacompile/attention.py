@@ -61,11 +61,15 @@ class Axes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """A 4-D value of the source model and the order of its axes. Where `flat` it is 3-D, BSHD with heads and head size in one axis."""
+    """A 4-D value of the source model and the order of its axes.
+
+    Where `flat` it is 3-D, BSHD with heads and head size in one axis; where `merged` it is 3-D, BHSD with batch and heads in one axis.
+    """
 
     value: str
     layout: Layout
     flat: bool = False
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +133,31 @@ class Residual:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes that a proof is limited to: none above `largest`, and, where `needs_keys_for_queries`, no more queries than keys."""
+
+    largest: int | None = None
+    needs_keys_for_queries: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        largest = () if self.largest is None else (f"sizes <= {self.largest}",)
+        return (*largest, "keys >= queries") if self.needs_keys_for_queries else largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BandProof:
-    """A proven statement: for all sizes allowed by `valid_for`, visible <=> band and every residual. Only prove_band makes one."""
+    """A proven statement: for all sizes allowed by `valid_for`, visible <=> band and every residual. Only prove_band makes one.
+
+    `limits` are those of `valid_for` that the proof itself needs; the others are what the model fixes or needs to run.
+    """
 
     mask: BandMask
     residuals: tuple[Residual, ...]
     kind: Kind
     method: str
     valid_for: tuple[str, ...]
+    limits: Limits = Limits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """BandedAttention nodes in the place of proven attentions, with the function that gives them their meaning."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,10 @@ import onnx_ir as ir
 
 from swacompile.attention import Kind, Refutation
 from swacompile.frontends.onnx import OnnxModel
+from swacompile.frontends.onnx_guards import OnnxGuards
 from swacompile.frontends.onnx_splice import Splicer
 from swacompile.kernels.onnx_function import DOMAIN, INPUTS, NAME, VERSION, Body, Optional, banded_attention_function
+from swacompile.passes.operands import RunTimeOperand
 from swacompile.passes.plan_rewrite import Replacement
 
 ELEM_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -28,8 +30,9 @@ def splice_banded(
         return outcomes
     body = body_for(source.opset, replaced)
     splicer = Splicer(source)
-    for replacement in replaced:
-        _splice(splicer, replacement, body)
+    guards = OnnxGuards(splicer=splicer)
+    for replacement in splicer.in_graph_order(replaced):
+        _splice(splicer, guards, replacement, body)
     function = ir.from_proto(banded_attention_function(body))
     assert isinstance(function, ir.Function)
     splicer.finish([function], {DOMAIN: VERSION})
@@ -79,13 +82,13 @@ def _uses(replacement: Replacement) -> set[Optional]:
     return {use for use, operand in present.items() if operand is not None}
 
 
-def _splice(splicer: Splicer, replacement: Replacement, body: Body) -> None:
+def _splice(splicer: Splicer, guards: OnnxGuards, replacement: Replacement, body: Body) -> None:
     site = replacement.site
     old = splicer.values[site.output]
     before = old.producer()
     assert before is not None
     output = splicer.add(
-        before, NAME, operands(splicer, before, replacement, body), attributes(replacement, body), domain=DOMAIN
+        before, NAME, operands(splicer, guards, before, replacement, body), attributes(replacement, body), domain=DOMAIN
     )
     output.dtype = ELEM_TYPES[site.dtype]
     if site.merged_output:
@@ -93,18 +96,30 @@ def _splice(splicer: Splicer, replacement: Replacement, body: Body) -> None:
     splicer.replace(old, output)
 
 
-def operands(splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body) -> list[ir.Value | None]:
+def operands(
+    splicer: Splicer, guards: OnnxGuards, before: ir.Node, replacement: Replacement, body: Body
+) -> list[ir.Value | None]:
     """The inputs of a BandedAttention node, as many as the body has."""
     site = replacement.site
-    required = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
+    found = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
+
+    def per_key(operand: RunTimeOperand, dtype: ir.DataType) -> ir.Value:
+        return guards.per_key(before, replacement, found, splicer.run_time_operand(before, operand, dtype))
+
+    others = body.inputs()[len(found) :]
     return [
-        *required,
-        *(_optional_input(splicer, before, replacement, body, name) for name in body.inputs()[len(required) :]),
+        *guards.operands(before, replacement, found),
+        *(_optional_input(splicer, before, replacement, body, name, per_key) for name in others),
     ]
 
 
 def _optional_input(
-    splicer: Splicer, before: ir.Node, replacement: Replacement, body: Body, name: str
+    splicer: Splicer,
+    before: ir.Node,
+    replacement: Replacement,
+    body: Body,
+    name: str,
+    per_key: Callable[[RunTimeOperand, ir.DataType], ir.Value],
 ) -> ir.Value | None:
     """The operand, the neutral constant where only other nodes of the model use it, or nothing where none does."""
     site = replacement.site
@@ -115,11 +130,11 @@ def _optional_input(
         case Optional.KEY_PADDING:
             if replacement.key_padding is None:
                 return splicer.constant(np.ones((1, 1), np.bool_), "no_padding")
-            return splicer.run_time_operand(before, replacement.key_padding, ir.DataType.BOOL)
+            return per_key(replacement.key_padding, ir.DataType.BOOL)
         case Optional.SEGMENTS:
             if replacement.segments is None:
                 return splicer.constant(np.zeros((1, 1), np.int64), "no_segments")
-            return splicer.run_time_operand(before, replacement.segments, ir.DataType.INT64)
+            return per_key(replacement.segments, ir.DataType.INT64)
         case Optional.SINKS:
             return splicer.sinks(before, -np.inf if site.sinks is None else site.sinks, site.heads, dtype)
         case _:

@@ -10,6 +10,7 @@ from swacompile.attention import Refutation
 from swacompile.errors import ModelError
 from swacompile.frontends.onnx import OnnxModel
 from swacompile.frontends.onnx_emit import ELEM_TYPES, attributes, body_for, operands
+from swacompile.frontends.onnx_guards import OnnxGuards
 from swacompile.frontends.onnx_splice import Splicer
 from swacompile.kernels.onnx_function import DOMAIN, NAME
 from swacompile.kernels.onnx_targets import (
@@ -60,20 +61,23 @@ def _splice(
     source: OnnxModel, outcomes: tuple[Outcome, ...], lower: Callable[[Site], Lowering], opsets: dict[str, int]
 ) -> tuple[Outcome, ...]:
     splicer = Splicer(source)
-    done = tuple(
-        _lowered(splicer, outcome, lower) if isinstance(outcome, Replacement) else outcome for outcome in outcomes
-    )
+    guards = OnnxGuards(splicer=splicer)
+    replaced = splicer.in_graph_order([outcome for outcome in outcomes if isinstance(outcome, Replacement)])
+    lowered = {replacement.site.node: _lowered(splicer, guards, replacement, lower) for replacement in replaced}
+    done = tuple(lowered[outcome.site.node] if isinstance(outcome, Replacement) else outcome for outcome in outcomes)
     splicer.finish([], opsets)
     return done
 
 
-def _lowered(splicer: Splicer, replacement: Replacement, lower: Callable[[Site], Lowering]) -> Outcome:
+def _lowered(
+    splicer: Splicer, guards: OnnxGuards, replacement: Replacement, lower: Callable[[Site], Lowering]
+) -> Outcome:
     site = replacement.site
     old = splicer.values[site.output]
     before = old.producer()
     assert before is not None
     body = body_for(splicer.source.opset, (replacement,))
-    given = operands(splicer, before, replacement, body)
+    given = operands(splicer, guards, before, replacement, body)
     names = {str(value.name): value for value in given if value is not None}
     node = helper.make_node(
         NAME,

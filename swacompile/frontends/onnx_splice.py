@@ -16,6 +16,7 @@ from swacompile.attention import Layout, Operand
 from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
 from swacompile.passes.operands import RunTimeOperand
+from swacompile.passes.plan_rewrite import Replacement
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,16 @@ class Splicer:
             str(value.name): value for node in self.graph for value in node.outputs
         } | {str(name): value for name, value in self.graph.initializers.items()}  # fmt: skip
         self._made = 0
+        self._once: dict[tuple[str, str], ir.Value] = {}
+
+    def in_graph_order(self, replaced: Sequence[Replacement]) -> list[Replacement]:
+        """Attentions in the order in which their outputs are computed, so that a node for the first is there for all."""
+        places = {id(node): place for place, node in enumerate(self.graph)}
+
+        def place(replacement: Replacement) -> int:
+            return places[id(self.values[replacement.site.output].producer())]
+
+        return sorted(replaced, key=place)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """All uses of `old`, its name and its type go to `new`."""
@@ -49,14 +60,29 @@ class Splicer:
         inputs: Sequence[ir.Value | None],
         attributes: dict[str, object] | None = None,
         domain: str = "",
+        name: str = "",
     ) -> ir.Value:
         """One more node with one output, before an existing one."""
         self._made += 1
-        node = ir.node(op, inputs, attributes=attributes or {}, domain=domain, name=f"swacompile_{op}_{self._made}")  # type: ignore[arg-type]
+        name = name or f"swacompile_{op}_{self._made}"
+        node = ir.node(op, inputs, attributes=attributes or {}, domain=domain, name=name)  # type: ignore[arg-type]
         self.graph.insert_before(before, node)
         (output,) = node.outputs
         output.name = f"swacompile_{op}_{self._made}_output"
         return output
+
+    def once(
+        self,
+        before: ir.Node,
+        name: str,
+        op: str,
+        inputs: Sequence[ir.Value],
+        attributes: dict[str, object] | None = None,
+    ) -> ir.Value:
+        """The node that was added with this op and name; else one more. Whoever asks later stands later in the graph."""
+        if (op, name) not in self._once:
+            self._once[op, name] = self.add(before, op, inputs, attributes)
+        return self._once[op, name]
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer, shared by all who ask for this name."""
