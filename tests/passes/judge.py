@@ -43,8 +43,8 @@ def judge(case: Case) -> Judged:
 
 
 def _proof(case: Case, proof: BandProof) -> Judgement:
-    kinds = [residual.kind for residual in proof.residuals]
-    if kinds not in ([], [ResidualKind.KEY_PADDING]) or (case.band is not None and bool(kinds) != case.padded):
+    kinds = {residual.kind for residual in proof.residuals}
+    if not kinds <= {ResidualKind.KEY_PADDING} or (case.band is not None and bool(kinds) != case.padded):
         return Judgement.FALSE_PROOF
     if not agrees(case, proof):
         return Judgement.FALSE_PROOF
