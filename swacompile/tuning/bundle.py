@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from swacompile.errors import ArgumentError, OutputError
+from swacompile.target import TargetClass
 from swacompile.tuning import runner, store
-from swacompile.tuning.config import Config
 from swacompile.tuning.database import Database
 from swacompile.tuning.measure import Candidate, Effort, Workbench, provenance_here
 from swacompile.tuning.record import Origin
@@ -24,33 +24,52 @@ from swacompile.workload import Workload
 EFFORT = Effort(rung=1, samples=9, min_ms=10.0)
 """Nobody looks at the results before all are measured, so each is measured well."""
 RUNNER_FILE = "swacompile_runner.py"
+_PACKAGE = Path(__file__).parents[1]
+_CARRIED = {
+    TargetClass.CPU: ("tuning/__init__.py", "tuning/dlpack.py"),
+    TargetClass.CUDA: (
+        "tuning/__init__.py", "tuning/dlpack.py", "tuning/gpu.py", "tuning/turns.py",
+        "runtime/__init__.py", "runtime/cuda/__init__.py", "runtime/cuda/launch.py", "runtime/cuda/library.py",
+        "schedules/__init__.py", "schedules/cuda/__init__.py", "schedules/cuda/combine_symbols.py", "schedules/cuda/spec.py",
+    ),
+}  # fmt: skip
+"""Files of this package that the runner imports."""
+_RUNTIMES = {
+    TargetClass.CPU: (runner.RUNTIME,),
+    TargetClass.CUDA: (runner.RUNTIME, "libtvm_runtime_cuda.so"),
+}
 
 
 def pick(workload: Workload, bench: Workbench, *, trials: int, seed: int = 0) -> tuple[Candidate, ...]:
-    """The default and random Configs, `trials` in all or as many as the space has."""
+    """The default, then its neighbours and random Configs in turns: `trials` in all, or as many as the space has."""
     space = rule_for(workload, bench.target).space(workload, bench.target)
     rng = random.Random(seed)
-    seen: set[Config] = {space.base}
-    chosen = [Candidate(workload=workload, config=space.base, origin=Origin.DEFAULT)]
-    while len(chosen) < trials and (config := space.sample(rng, seen)) is not None:
-        seen.add(config)
-        chosen.append(Candidate(workload=workload, config=config, origin=Origin.SEARCH))
-    return tuple(chosen)
+    around = list(space.neighbours(space.base))
+    rng.shuffle(around)
+    chosen = {space.base: Origin.DEFAULT}
+    while len(chosen) < trials:
+        config = around.pop() if around and len(chosen) % 2 else space.sample(rng, set(chosen))
+        if config is None:
+            break
+        chosen.setdefault(config, Origin.SEARCH)
+    return tuple(Candidate(workload=workload, config=config, origin=origin) for config, origin in chosen.items())
 
 
 def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
-    """Build candidates and write them with the runner and TVM's runtime library to a tar; gives the number that could
+    """Build candidates and write them with the runner and TVM's runtime libraries to a tar; gives the number that could
     be built.
 
     Raises OutputError.
     """
     built = [candidate for candidate, failure in bench.build(candidates).items() if failure is None]
-    folder = bench.folder
+    folder, kind = bench.folder, bench.target.target_class
     jobs = [bench.job(candidate, EFFORT) | {"record": _template(candidate, bench)} for candidate in built]
     (folder / runner.MANIFEST).write_text(json.dumps({"format": runner.FORMAT, "jobs": jobs}, indent=1))
     shutil.copyfile(runner.__file__, folder / RUNNER_FILE)
-    shutil.copyfile(_installed_runtime(), folder / runner.RUNTIME)
-    names = {runner.MANIFEST, RUNNER_FILE, runner.RUNTIME, *(job["library"] for job in jobs)}
+    for library in _RUNTIMES[kind]:
+        shutil.copyfile(_installed_runtime(library), folder / library)
+    names = {runner.MANIFEST, RUNNER_FILE, *_RUNTIMES[kind], *_carried(kind, folder)}
+    names |= {file.name for job in jobs for file in folder.glob(f"{Path(job['library']).stem}.*")}
     names |= {problem["expected"] for job in jobs for problem in job["problems"]}
     try:
         with tarfile.open(out, "w") as tar:
@@ -59,6 +78,16 @@ def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
     except OSError as error:
         raise OutputError(f"{out}: the bundle could not be written ({error.strerror or error}).") from error
     return len(built)
+
+
+def _carried(kind: TargetClass, folder: Path) -> list[str]:
+    """Names of the package's files that a kind of target needs, copied to `folder`. The package itself is empty there."""
+    root = folder / "swacompile"
+    for name in _CARRIED[kind]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_PACKAGE / name, root / name)
+    (root / "__init__.py").touch()
+    return ["swacompile/__init__.py", *(f"swacompile/{name}" for name in _CARRIED[kind])]
 
 
 def take_in(results: Path, database: Database) -> tuple[int, int]:
@@ -86,12 +115,12 @@ def _template(candidate: Candidate, bench: Workbench) -> dict[str, Any]:
     }
 
 
-def _installed_runtime() -> Path:
+def _installed_runtime(name: str) -> Path:
     spec = importlib.util.find_spec("tvm")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
-        if (library := Path(place, "lib", runner.RUNTIME)).is_file():
+        if (library := Path(place, "lib", name)).is_file():
             return library
-    raise OutputError(f"{runner.RUNTIME} is missing from the installed tvm: install apache-tvm again")
+    raise OutputError(f"{name} is missing from the installed tvm: install apache-tvm again")
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -13,7 +13,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
-from swacompile.target import Target
+from swacompile.errors import TargetError
+from swacompile.target import Target, TargetClass
 from swacompile.tuning import runner
 from swacompile.tuning.config import Config
 from swacompile.tuning.problem import write_expected
@@ -113,6 +114,7 @@ class Workbench(AbstractContextManager["Workbench"]):
         return {
             "library": self.library(candidate),
             "function": rule_for(candidate.workload, self.target).function_name(candidate.workload, self.target),
+            "device": str(self.target.target_class),
             "problems": self.jobs_folder_ready(candidate.workload),
             "samples": effort.samples,
             "min_ms": effort.min_ms,
@@ -120,7 +122,7 @@ class Workbench(AbstractContextManager["Workbench"]):
 
     def jobs_folder_ready(self, workload: Workload) -> list[dict[str, Any]]:
         """The workload's problems, their expected rows in the folder."""
-        return write_expected(workload, self.folder)
+        return write_expected(workload, self.target.target_class, self.folder)
 
     def _failure(self, candidate: Candidate) -> Outcome | None:
         failed = self._failures.get(self.library(candidate))
@@ -157,7 +159,7 @@ class LocalMeasurer:
         self._bench = bench
         self._threads = threads
         self._seconds = run_seconds
-        self._device = runner.device_name()
+        self._device = _device_of(bench.target)
 
     @property
     def target(self) -> Target:
@@ -165,7 +167,8 @@ class LocalMeasurer:
 
     @property
     def provenance(self) -> Provenance:
-        return provenance_here(self.target, device=self._device, threads=self._threads)
+        name, driver = self._device
+        return provenance_here(self.target, device=name, threads=self._threads, driver=driver)
 
     def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
         built = self._bench.build(candidates)
@@ -199,9 +202,17 @@ def provenance_here(target: Target, *, device: str, threads: int, driver: str | 
     return Provenance(device=device, threads=threads, revision=revision_of(target), versions=versions, driver=driver)
 
 
+def _device_of(target: Target) -> tuple[str, str | None]:
+    """Name and driver of the device here. Raises TargetError where there is none of the target's kind."""
+    try:
+        return runner.device_of(target.target_class)
+    except SystemExit as error:
+        raise TargetError(
+            f"{error} Or build here and measure there: --export-bundle work.tar, or --tracker and --key."
+        ) from error
+
+
 def revision_of(target: Target) -> str:
     """Revision of the sources of a target's kernels."""
-    from swacompile.tuning.rules import RULES
-
-    probe = Workload.parse("f32-d64-v64-g1-w16-n16")
-    return next((rule.revision() for rule in RULES if rule.applies(probe, target)), "none")
+    dtype = "f32" if target.target_class is TargetClass.CPU else "bf16"
+    return rule_for(Workload.parse(f"{dtype}-d64-v64-g1-w16-n16"), target).revision()

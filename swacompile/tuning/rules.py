@@ -3,10 +3,11 @@
 from swacompile.errors import TargetError
 from swacompile.target import Target
 from swacompile.tuning.cpu_rule import CpuTilesRule
+from swacompile.tuning.cuda_rule import CudaTilesRule
 from swacompile.tuning.space import TunableRule
 from swacompile.workload import Workload
 
-RULES: tuple[TunableRule, ...] = (CpuTilesRule(),)
+RULES: tuple[TunableRule, ...] = (CpuTilesRule(), CudaTilesRule(name="wgmma"), CudaTilesRule(name="mma"))
 
 
 def rule_for(workload: Workload, target: Target) -> TunableRule:

@@ -1,11 +1,11 @@
-"""Check and time built kernels with numpy, tvm_ffi and libtvm_runtime.so alone: no compiler, no network, no other
-file of this package.
+"""Check and time built kernels with numpy, tvm_ffi and TVM's runtime libraries alone: no compiler, no network. A GPU
+needs its driver and CUDA's runtime, too.
 
-    python -m swacompile_runner work.tar -o results.jsonl [--threads N]
+    python -m swacompile_runner work.tar -o results.jsonl [--threads N] [--jobs N]
 
-A bundle holds a copy of this file as swacompile_runner.py. Every candidate runs in a process of its own, so that one
-that crashes
-or hangs costs only itself. Kernels are machine code: run bundles from people you trust only.
+A bundle holds a copy of this file as swacompile_runner.py, and beside it the few files of the package that it imports.
+Every candidate runs in a process of its own, so that one that crashes or hangs costs only itself. Kernels are machine
+code: run bundles from people you trust only.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -22,12 +23,13 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 RUNTIME = "libtvm_runtime.so"
 SEED = 20240229
@@ -36,6 +38,12 @@ WARM_UP_SECONDS = 0.2
 MAX_SECONDS = 20.0
 """Samples end after this long, though never before the third."""
 CANDIDATE_SECONDS = 120.0
+DISTINCT = 1_000_003
+"""Random numbers that are drawn for an operand; a longer one repeats them. A prime, so that no two rows are equal."""
+FINALISTS = 2
+"""Configs of a workload that a bundle's last round measures beside the default."""
+ROUNDS = 2
+"""Turns that they take in it."""
 
 Array = Any
 Job = dict[str, Any]
@@ -71,8 +79,9 @@ def inputs(problem: Job) -> dict[str, Array]:
     random = np.random.RandomState(SEED)
 
     def normal(*shape: int, present: bool = True) -> Array:
-        drawn = random.standard_normal(shape if present else [0] * len(shape))
-        return encode(drawn.astype(np.float32), dtype)
+        extents = shape if present else (0,) * len(shape)
+        drawn = random.standard_normal(min(math.prod(extents), DISTINCT))
+        return np.resize(encode(drawn.astype(np.float32), dtype), extents)
 
     features = set(problem["features"])
     padding = np.ones((batch, keys), np.uint8)
@@ -114,20 +123,33 @@ def type_name(array: Array, dtype: str) -> str:
 
 
 def wrong_rows(problem: Job, output: Array, expected: Array) -> str | None:
-    """What is wrong with an output (B,H,S,V), of which `expected` holds the problem's checked rows.
+    """What is wrong with an output (B,H,S,V), of which `expected` holds the checked rows of the checked batches and heads.
 
-    None where nothing is.
+    None where nothing is. A row's error is the distance from what is expected as a share of that one's length: a key
+    more or less among W shows as about 1 / sqrt(W).
     """
-    found = decode(output, problem["dtype"])[:, :, problem["rows"]]
-    error = np.abs(found - expected)
+    if bool(_is_nan(output, problem["dtype"]).any()):
+        return f"{problem['name']}: some outputs are not written, or not a number"
+    places = np.ix_(problem["batches"], problem["checked_heads"], problem["rows"])
+    found = decode(output[places], problem["dtype"])
+    length = np.maximum(np.linalg.norm(expected, axis=-1), np.finfo(np.float32).tiny)
+    error = np.linalg.norm(found - expected, axis=-1) / length
     if bool((error <= problem["tolerance"]).all()):
         return None
-    place = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
-    row = problem["rows"][place[2]]
+    place = np.unravel_index(np.argmax(error), error.shape)
+    batch, head, row = (problem[name][i] for name, i in zip(("batches", "checked_heads", "rows"), place, strict=True))
     return (
-        f"head {place[1]}, query {row}, column {place[3]} of {problem['name']}: "
-        f"expected {expected[place]:.6g}, found {found[place]:.6g}, tolerance {problem['tolerance']:g}"
+        f"batch {batch}, head {head}, query {row} of {problem['name']}: expected {expected[place][0]:.6g}, ..., "
+        f"found {found[place][0]:.6g}, ...: an error of {error[place]:.3g}, tolerance {problem['tolerance']:g}"
     )
+
+
+def _is_nan(elements: Array, dtype: str) -> Array:
+    """Of a kernel's elements, without making them wider: an output can have 2^27."""
+    if dtype == "f32":
+        return np.isnan(elements)
+    infinity = {"f16": 0x7C00, "bf16": 0x7F80}[dtype]
+    return (elements.view(np.uint16) & 0x7FFF) > infinity
 
 
 def summary(samples: Sequence[float]) -> tuple[float, float]:
@@ -141,91 +163,75 @@ def run_job(job: Job, folder: Path) -> Job:
 
     Status, times in microseconds, message.
     """
-    runtime = _load_runtime(folder)
-    function = runtime.load_module(str((folder / job["library"]).resolve()))[job["function"]]
+    sys.path.insert(0, str(folder))  # a bundle's own copy of what is imported goes first
+    open_bench = _gpu_bench if job["device"] == "cuda" else _CpuBench
+    bench = open_bench(job, folder)
     samples: list[float] = []
     for problem in job["problems"]:
-        arrays = operands(problem)
-        tensors = [_tensor(runtime, array, type_name(array, problem["dtype"])) for array in arrays]
-        arguments = [*tensors, *scalars(problem)]
-        function(*arguments)
-        wrong = wrong_rows(problem, arrays[-1], np.load(folder / problem["expected"], allow_pickle=False))
+        call = bench.prepare(problem)
+        wrong = wrong_rows(problem, call.run(), np.load(folder / problem["expected"], allow_pickle=False))
         if wrong is not None:
             return {"status": "wrong", "samples": [], "message": wrong}
         if problem["timed"]:
-            samples = _time(lambda arguments=arguments: function(*arguments), job["samples"], job["min_ms"])
+            samples = call.time(job["samples"], job["min_ms"])
     return {"status": "ok", "samples": samples, "message": ""}
 
 
-def _time(call: Any, samples: int, min_ms: float) -> list[float]:
-    """Microseconds a call, `samples` times; a sample repeats the call for at least `min_ms`."""
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - start < min(WARM_UP_SECONDS, min_ms / 1e3):
-        call()
-        calls += 1
-    each = (time.perf_counter() - start) / calls
-    count = max(1, int(min_ms / 1e3 / each))
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < samples and (len(times) < 3 or time.perf_counter() - begin < MAX_SECONDS):
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        times.append((time.perf_counter() - start) / count * 1e6)
-    return times
+def _gpu_bench(job: Job, folder: Path) -> Any:
+    _load_runtime(folder)
+    from swacompile.tuning.gpu import GpuBench
+
+    return GpuBench(job, folder, runtime=_runtime_library(folder).parent, inputs=inputs)
 
 
-class _DLTensor(ctypes.Structure):
-    """DLManagedTensor of dlpack.h, its parts in one row."""
+class _CpuBench:
+    """A job's kernel on this machine's CPU."""
 
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    ]
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._runtime = _load_runtime(folder)
+        self._function = self._runtime.load_module(str((folder / job["library"]).resolve()))[job["function"]]
+
+    def prepare(self, problem: Job) -> "_CpuCall":
+        arrays = operands(problem)
+        tensors = [_tensor(self._runtime, array, type_name(array, problem["dtype"])) for array in arrays]
+        return _CpuCall(self._function, [*tensors, *scalars(problem)], arrays[-1])
 
 
-_DL_CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4}
+class _CpuCall:
+    def __init__(self, function: Any, arguments: list[Any], output: Array) -> None:
+        self._function, self._arguments, self._output = function, arguments, output
+
+    def run(self) -> Array:
+        self._function(*self._arguments)
+        return self._output
+
+    def time(self, samples: int, min_ms: float) -> list[float]:
+        """Microseconds a call, `samples` times; a sample repeats the call for at least `min_ms`."""
+        function, arguments = self._function, self._arguments
+        start, calls = time.perf_counter(), 0
+        while calls == 0 or time.perf_counter() - start < min(WARM_UP_SECONDS, min_ms / 1e3):
+            function(*arguments)
+            calls += 1
+        each = (time.perf_counter() - start) / calls
+        count = max(1, int(min_ms / 1e3 / each))
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < samples and (len(times) < 3 or time.perf_counter() - begin < MAX_SECONDS):
+            start = time.perf_counter()
+            for _ in range(count):
+                function(*arguments)
+            times.append((time.perf_counter() - start) / count * 1e6)
+        return times
 
 
-class _Exporter:
-    """An array as a DLPack producer. numpy's own refuses bfloat16 and read-only views.
-
-    Lives as long as its tensor must.
-    """
-
-    def __init__(self, array: Array, name: str) -> None:
-        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
-        strides = (ctypes.c_int64 * array.ndim)(*(step // array.itemsize for step in array.strides))
-        self._keep = (array, shape, strides)
-        self._managed = _DLTensor(
-            data=array.ctypes.data or 64, device_type=1, ndim=array.ndim, code=_DL_CODES[name.rstrip("0123456789")],
-            bits=array.itemsize * 8, lanes=1, shape=shape, strides=strides,
-        )  # fmt: skip
-
-    def __dlpack__(self, **_: object) -> Any:
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        return new(ctypes.addressof(self._managed), b"dltensor", None)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-_EXPORTED: list[_Exporter] = []
+_EXPORTED: list[Any] = []
 
 
 def _tensor(runtime: Any, array: Array, name: str) -> Any:
-    _EXPORTED.append(_Exporter(array, name))
+    from swacompile.tuning.dlpack import CPU, Exporter
+
+    strides = [step // array.itemsize for step in array.strides]
+    _EXPORTED.append(Exporter(array.ctypes.data or 64, array.shape, strides, name, device=CPU, kept=array))
     return runtime.from_dlpack(_EXPORTED[-1])
 
 
@@ -289,6 +295,23 @@ def _child_result(code: int, out: str, err: str) -> Job:
     return {"status": "crashed", "samples": [], "message": f"{how}: {said[-1] if said else 'no message'}"}
 
 
+def device_of(kind: str) -> tuple[str, str | None]:
+    """Name of the device that jobs run on, and its driver's version; None for a CPU. Raises SystemExit without a GPU."""
+    return gpu_name() if kind == "cuda" else (device_name(), None)
+
+
+def gpu_name() -> tuple[str, str]:
+    """Name and driver version of the first GPU that CUDA shows. Raises SystemExit where there is none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+    command = ["nvidia-smi", "--id", first, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SystemExit(f"no NVIDIA GPU answers here ({error}): run this on a machine with one.") from error
+    name, _, driver = said.strip().partition(",")
+    return name.strip(), driver.strip()
+
+
 def device_name() -> str:
     """The processor's name: Linux' model name, or what the platform says."""
     try:
@@ -299,8 +322,8 @@ def device_name() -> str:
     return " ".join((names[0] if names else platform.processor() or platform.machine()).split())
 
 
-def finished(record: Job, result: Job, *, device: str, threads: int) -> Job:
-    """A record, as the database has it, of a candidate's template and its result."""
+def finished(record: Job, result: Job, *, device: tuple[str, str | None], threads: int) -> Job:
+    """A record, as the database has it, of a candidate's template and its result. `device`: name and driver."""
     times = result["samples"]
     median, spread = summary(times) if result["status"] == "ok" else (None, None)
     return {
@@ -310,9 +333,9 @@ def finished(record: Job, result: Job, *, device: str, threads: int) -> Job:
         "samples": len(times),
         "median_us": median,
         "spread": spread,
-        "device": device,
+        "device": device[0],
         "threads": threads,
-        "driver": None,
+        "driver": device[1],
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "message": printable(result["message"]),
     }
@@ -323,26 +346,76 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:300]
 
 
-def measure_bundle(folder: Path, out: Path, *, threads: int, seconds: float) -> int:
-    """Measure every candidate of an unpacked bundle that `out` does not hold yet; gives the number measured."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT:
-        raise SystemExit(f"expected a bundle of format {FORMAT}, found {manifest.get('format')}: export it again.")
-    done = set(_measured(out))
-    todo = [job for job in manifest["jobs"] if _key(job["record"]) not in done]
-    device = device_name()
-    with out.open("a") as file:
-        for number, job in enumerate(todo, start=1):
-            result = run_contained(job, folder, threads=threads, seconds=seconds)
-            record = finished(job["record"], result, device=device, threads=threads)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            shown = (
-                f"{record['median_us']:.1f} us" if record["median_us"] else f"{record['status']}: {record['message']}"
-            )
-            print(f"{number}/{len(todo)} {record['workload']} {record['config']} {shown}", flush=True)
-    return len(todo)
+class _Session:
+    """A run over a bundle: results are on the disk as soon as they are known."""
+
+    def __init__(self, folder: Path, out: Path, *, threads: int, seconds: float, parallel: int) -> None:
+        self._folder, self._out = folder, out
+        self._threads, self._seconds, self._parallel = threads, seconds, parallel
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
+            raise SystemExit(f"expected a bundle of format {FORMAT}, found {manifest.get('format')}: export it again.")
+        lock = str(folder.resolve() / "turns.lock")
+        self._jobs: list[Job] = [job | {"lock": lock} for job in manifest["jobs"]]
+        self._device = device_of(self._jobs[0]["device"]) if self._jobs else ("", None)
+
+    def measure(self) -> int:
+        """Measure every candidate that the results do not hold yet, then the best of each workload again, longer; gives
+        the number of results added.
+        """
+        first = self._run([[job] for job in self._jobs])
+        return first + self._run([[job] * ROUNDS for job in self._finalists()])
+
+    def _run(self, turns: list[list[Job]]) -> int:
+        """A list of the same job over and over is one result. Rounds take turns, so that a slow moment does not hit one
+        of them alone.
+        """
+        done = set(_measured(self._out))
+        todo = [turn for turn in turns if _key(turn[0]["record"]) not in done]
+        results: list[list[Job]] = [[] for _ in todo]
+        order = [(i, job) for round_ in zip(*todo, strict=True) for i, job in enumerate(round_)]
+        with self._out.open("a") as file, ThreadPoolExecutor(self._parallel) as pool:
+            running = {pool.submit(self._contained, job): i for i, job in order}
+            finished_count = 0
+            for future in as_completed(running):
+                i = running[future]
+                results[i].append(future.result())
+                if len(results[i]) < len(todo[i]):
+                    continue
+                finished_count += 1
+                record = finished(todo[i][0]["record"], _merged(results[i]), device=self._device, threads=self._threads)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                print(f"{finished_count}/{len(todo)} {_shown(record)}", flush=True)
+        return len(todo)
+
+    def _contained(self, job: Job) -> Job:
+        return run_contained(job, self._folder, threads=self._threads, seconds=self._seconds)
+
+    def _finalists(self) -> list[Job]:
+        """Jobs of the last round: of each workload the default and the fastest others, where there is a choice."""
+        times: dict[tuple[str, ...], float] = {}
+        for line in self._out.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                times[_key(record)] = record["median_us"] if record["status"] == "ok" else math.inf
+        chosen: list[Job] = []
+        for workload in dict.fromkeys(job["record"]["workload"] for job in self._jobs):
+            own = [job for job in self._jobs if job["record"]["workload"] == workload]
+            good = [job for job in own if math.isfinite(times.get(_key(job["record"]), math.inf))]
+            others = [job for job in good if job["record"]["origin"] != "default"]
+            others.sort(key=lambda job: times[_key(job["record"])])
+            defaults = [job for job in good if job["record"]["origin"] == "default"]
+            if len(good) > 1:
+                chosen += [*defaults, *others[:FINALISTS]]
+        return [job | {"record": job["record"] | {"rung": job["record"]["rung"] + 1}} for job in chosen]
+
+
+def _merged(results: Sequence[Job]) -> Job:
+    """Results of one candidate as one: any failure decides."""
+    failed = next((result for result in results if result["status"] != "ok"), None)
+    return failed or results[0] | {"samples": [sample for result in results for sample in result["samples"]]}
 
 
 def _shown(record: Job) -> str:
@@ -361,7 +434,7 @@ def _measured(out: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _key(record: Job) -> tuple[str, ...]:
-    return (record["target"], record["workload"], record["config"], record["revision"])
+    return (record["target"], record["workload"], record["config"], record["revision"], str(record["rung"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -374,6 +447,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", default="results.jsonl", help="results are added here; a second run continues"
     )
     parser.add_argument("--threads", type=int, default=1, help="threads that a kernel may use")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="candidates prepared at once, for a GPU: they are timed one at a time"
+    )
     parser.add_argument("--timeout", type=float, default=CANDIDATE_SECONDS, help="seconds that one candidate may take")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -387,8 +463,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = Path(scratch)
             with tarfile.open(bundle) as tar:
                 tar.extractall(folder, filter="data")
-        count = measure_bundle(folder, Path(options.output), threads=options.threads, seconds=options.timeout)
-    print(f"{count} candidates measured; results in {options.output}")
+        session = _Session(
+            folder, Path(options.output), threads=options.threads, seconds=options.timeout, parallel=options.jobs
+        )
+        count = session.measure()
+    print(f"{count} measurements; results in {options.output}")
     return 0
 
 

@@ -104,8 +104,8 @@ class Launcher:
         target, lse = output, extras.lse
         if features.split:
             batch, heads, queries, _ = query.shape
-            target = query.new_empty((wanted * batch, heads, queries, kernel.spec.value_size), dtype=_torch().float32)
-            lse = query.new_empty((wanted * batch, heads, queries), dtype=_torch().float32)
+            target = self.floats(query, (wanted * batch, heads, queries, kernel.spec.value_size))
+            lse = self.floats(query, (wanted * batch, heads, queries))
         maps = self._describe(kernel, tensors)
         extra_handles = (
             lse,
@@ -140,6 +140,12 @@ class Launcher:
             launches.append((self._library.function(name), merged))
         return Plan(launches, (tensors, extras, maps, value_sum))
 
+    def floats(self, like: Any, shape: tuple[int, ...]) -> Any:
+        """A float32 workspace on a tensor's device."""
+        import torch
+
+        return like.new_empty(shape, dtype=torch.float32)
+
     def _describe(self, kernel: Kernel, tensors: tuple[Any, Any, Any, Any]) -> "TensorMaps | None":
         if not isinstance(kernel.config, WgmmaConfig):
             return None
@@ -152,7 +158,7 @@ class Launcher:
     ) -> Any:
         spec = kernel.spec
         batch, heads, _, size = value.shape
-        sums = value.new_empty((batch, heads, size + 1), dtype=_torch().float32)
+        sums = self.floats(value, (batch, heads, size + 1))
         name = value_sum_symbol(spec.dtype, spec.value_size, key_padding=spec.features.key_padding)
         launches.append((self._library.function(name), (value, extras.key_padding, sums)))
         return sums
@@ -218,9 +224,3 @@ def _splits(kernel: Kernel, query: Any, key: Any, numbers: Numbers, device: Devi
     key_tiles = -(-_band(kernel, key, numbers) // config.keys_per_tile)
     free = device.multiprocessors * config.blocks_per_sm // max(tiles, 1)
     return int(max(1, min(free, key_tiles // 2)))
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
