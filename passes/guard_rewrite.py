@@ -11,10 +11,10 @@ from itertools import combinations
 
 from swacompile.attention import Refutation
 from swacompile.graph import Graph
-from swacompile.index_expr import ONE
+from swacompile.index_expr import ONE, Expr, Op, size, substitute, walk
 from swacompile.passes.guards import Extent, Guards, Unguardable, batches_of_sources, guards_of
-from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.passes.plan_rewrite import Replacement
+from swacompile.passes.read_masks import Reading, read_masks
 
 Outcome = Replacement | Refutation
 MOST_SOURCES = 2  # Inputs of one mask whose batches are tried as 1, alone and together.
@@ -55,8 +55,12 @@ class _OtherReadings:
                 code="guarded", node=plan.site.node, kind=plan.proof.kind, band=plan.proof.mask,
                 reason=f"the band {plan.proof.mask} holds for some sizes only, and a rewritten model could not check that: {error}",
             )  # fmt: skip
-        # 1 that the model itself writes down needs no condition, but the same expansion.
-        return replace(plan, guards=replace(guards, expands=guards.expands or _has_one_batch(self.reading, plan)))
+        shapes = [self.reading.extents(operand.value) or () for operand in (plan.key_padding, plan.segments) if operand]
+        batch, keys = (self.reading.sizes.resolve(axis.args[0]) for axis in (plan.site.axes.batch, plan.site.axes.key))
+        # An axis that differs by what the model itself says needs no condition, but the same treatment.
+        expands = guards.expands or any(shape[0] == ONE != batch for shape in shapes)
+        cuts = any(_plain(shape[1]) != _plain(keys) for shape in shapes)
+        return replace(plan, guards=replace(guards, expands=expands or cuts, cuts=cuts))
 
     def _guards(self, reading: Reading, plan: Replacement, one: frozenset[Extent] = frozenset()) -> Guards:
         return guards_of(reading, plan.site, plan.proof, trusted=self.trusted, one=one)
@@ -105,6 +109,8 @@ def _essence(plan: Replacement) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _has_one_batch(reading: Reading, plan: Replacement) -> bool:
-    values = [operand.value for operand in (plan.key_padding, plan.segments) if operand is not None]
-    return any((reading.extents(value) or (None,))[0] == ONE for value in values)
+def _plain(extent: Expr) -> Expr:
+    """The same however much is known of its sizes."""
+    return substitute(
+        extent, {node: size(node.name) for node in walk(extent) if node.op is Op.SYMBOL and not node.args}
+    )

@@ -18,7 +18,21 @@ from enum import Enum
 
 from swacompile.attention import Attention, BandProof, Layout, Operand
 from swacompile.graph import Graph, Node
-from swacompile.index_expr import ONE, Expr, Op, const_int, eq, index, integer, le, or_, size, substitute, walk
+from swacompile.index_expr import (
+    ONE,
+    Expr,
+    Op,
+    const_int,
+    eq,
+    floordiv,
+    index,
+    integer,
+    le,
+    or_,
+    size,
+    substitute,
+    walk,
+)
 from swacompile.passes.index_tensor import IndexTensor, equality_text
 from swacompile.passes.read_masks import Reading
 
@@ -71,12 +85,13 @@ class Guard:
 class Guards:
     """Conditions under which a replacement is right; `extents` holds what their symbols stand for.
 
-    `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's.
+    `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's. `cuts`: they may be longer.
     """
 
     conditions: tuple[Guard, ...] = ()
     extents: tuple[Extent, ...] = ()
     expands: bool = False
+    cuts: bool = False
 
 
 class Unguardable(Exception):
@@ -109,7 +124,7 @@ def guards_of(
 
 def batches_of_sources(reading: Reading, site: Attention) -> frozenset[Extent]:
     """The batch axes of the model's inputs whose elements the mask is made of, where they are not a number."""
-    batch = _extents(reading, site.query.value)[BATCH]
+    batch = next(expected for _, expected in _operand_places(reading, site))
     return frozenset(
         extent
         for extent, expected in _sources(reading, site, elements=True)
@@ -195,18 +210,20 @@ def _limits(sizes: _Bound, proof: BandProof) -> Iterator[Guard]:
 
 
 def _operand_places(reading: Reading, site: Attention) -> Iterator[tuple[Extent, Expr]]:
-    for role, operand, axes in (
-        (Role.QUERY, site.query, (BATCH, SEQUENCE)),
-        (Role.KEY, site.key, (SEQUENCE, BATCH)),
-        (Role.VALUE, site.value, (SEQUENCE, BATCH)),
+    for role, operand, heads, axes in (
+        (Role.QUERY, site.query, site.heads, (BATCH, SEQUENCE)),
+        (Role.KEY, site.key, site.kv_heads, (SEQUENCE, BATCH)),
+        (Role.VALUE, site.value, site.kv_heads, (SEQUENCE, BATCH)),
     ):
         for axis in axes:
-            yield Extent(value=role, axis=axis), _extents(reading, operand.value)[axis_in(operand, axis)]
+            extent = _extents(reading, operand.value)[axis_in(operand, axis)]
+            merged = operand.merged and axis == BATCH
+            yield Extent(value=role, axis=axis), floordiv(extent, integer(heads)) if merged else extent
 
 
 def axis_in(operand: Operand, axis: int) -> int:
     """Where the operand's value has this axis of (batch, heads, sequence, size)."""
-    return 1 if operand.layout is Layout.BSHD and axis == SEQUENCE else axis
+    return 1 if axis == SEQUENCE and (operand.merged or operand.layout is Layout.BSHD) else axis
 
 
 def _extents(reading: Reading, value: str) -> tuple[Expr, ...]:
@@ -223,7 +240,7 @@ def _sources(reading: Reading, site: Attention, *, elements: bool = False) -> It
     roles = {
         Extent(value=operand.value, axis=axis_in(operand, axis)): Extent(value=role, axis=axis)
         for role, operand in ((Role.VALUE, site.value), (Role.KEY, site.key), (Role.QUERY, site.query))
-        for axis in (BATCH, SEQUENCE)
+        for axis in ((SEQUENCE,) if operand.merged else (BATCH, SEQUENCE))
     }
     for value, wanted in _Walk(reading=reading, site=site).found():
         for axis, expected in enumerate(_extents(reading, value)):

@@ -40,7 +40,7 @@ def rewrite_captured(module: fx.GraphModule) -> fx.GraphModule | None:
     traced = _traced(module)
     if traced is None:
         return None
-    done = torch_pipeline.rewrite(traced)
+    done = torch_pipeline.rewrite(traced, sizes_checked=True)  # by dynamo
     for outcome in done.outcomes:
         verdict = (
             f"kept: {outcome.reason}" if isinstance(outcome, Refutation) else f"replaced, band {outcome.proof.mask}"

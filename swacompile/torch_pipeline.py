@@ -17,17 +17,18 @@ from swacompile.attention import ResidualKind
 from swacompile.errors import ModelError, OutputError
 from swacompile.frontends.fx import FxModel, read_exported_program, read_graph_module, read_pt2
 from swacompile.frontends.fx_splice import Spliced, splice
-from swacompile.passes.plan_rewrite import plan_rewrite
 from swacompile.passes.read_masks import read_masks
 from swacompile.report.findings import as_json
-from swacompile.runtime.cuda.library import manifest_path
+from swacompile.runtime.cuda.library import Kernel, manifest_path
 from swacompile.runtime.kernel_link import build_kernel_library
 from swacompile.runtime.torch_op.build import operator_library
 from swacompile.runtime.torch_op.cuda_build import carry_runtime
-from swacompile.runtime.torch_op.cuda_program import build_libraries, is_on_cuda, without_kernel
+from swacompile.runtime.torch_op.cuda_program import LIBRARY_PREFIX, build_libraries, is_on_cuda, without_kernel
 from swacompile.target import Target, TargetClass, host_targets
 from swacompile.torch_artifact import KERNELS, PROGRAM
 from swacompile.tuning.database import Choice, Database
+from swacompile.tuning.kernel_choice import CudaKernelChoice, choose_cuda_kernels
+from swacompile.tuning.shapes import workloads_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 TorchModel = Path | ExportedProgram | fx.GraphModule
@@ -47,16 +48,18 @@ def rewrite(
     dynamic_shapes: Any = None,
     full: bool = False,
     force: bool = False,
+    sizes_checked: bool = False,
 ) -> pipeline.Rewrite:
     """Replace every proven sliding-window attention; `program` of the result is the new one, written to `out` where given.
 
     The source is not changed; its weights are shared. `args`, `kwargs` and `dynamic_shapes` are for a GraphModule that is
-    not of ATen operators: it is exported with them. Raises ModelError, OutputError.
+    not of ATen operators: it is exported with them. `sizes_checked`: whoever runs a GraphModule sees to it that it gets the sizes
+    that it was traced for, so that the graph need not. Raises ModelError, OutputError.
     """
     if out is not None:
         _check_output(model, out, force=force)
     source = read(model, args, kwargs, dynamic_shapes)
-    spliced = _spliced(source, full=full)[0]
+    spliced = _spliced(source, full=full, sizes_checked=sizes_checked)[0]
     path = model if isinstance(model, Path) else None
     done = pipeline.Rewrite(model=path, out=out, outcomes=spliced.outcomes, program=spliced.program)
     if not done.replaced or out is None:
@@ -90,7 +93,8 @@ def compile(
             raise artifact.Abandoned
         save(spliced.program, folder / PROGRAM)
         built = _build_cpu(done, _of_class(targets, TargetClass.CPU), database or Database(), folder, progress)
-        built += _build_cuda(spliced.program, _of_class(targets, TargetClass.CUDA), folder, progress)
+        gpus = _of_class(targets, TargetClass.CUDA)
+        built += _build_cuda(spliced.program, done, gpus, database or Database(), folder, progress)
         operator = Path(shutil.copy(operator_library(), folder)).name
         choices = tuple(choice for part in built for choice in part.choices)
         names = (PROGRAM, operator, *(name for part in built for name in part.files))
@@ -146,7 +150,9 @@ def _build_cpu(
 
 def _build_cuda(
     program: ExportedProgram | fx.GraphModule,
+    done: pipeline.Rewrite,
     targets: Sequence[Target],
+    database: Database,
     folder: Path,
     progress: Callable[[str], None],
 ) -> tuple[_Built, ...]:
@@ -154,10 +160,24 @@ def _build_cuda(
     if not targets:
         return ()
     progress(f"building CUDA kernels for {', '.join(target.name for target in targets)}")
-    libraries = build_libraries(program, targets, folder)
+    workloads = workloads_of(done.replaced)
+
+    def choose(kernels: Sequence[Kernel], target: Target) -> tuple[CudaKernelChoice, ...]:
+        return choose_cuda_kernels(kernels, workloads, target, database)
+
+    libraries = build_libraries(program, targets, folder, choose)
     files = tuple(path.name for library in libraries for path in (library, manifest_path(library)))
-    names = tuple(name for kernels in libraries.values() for name in kernels)
-    return (_Built(files=(*files, *carry_runtime(folder)), kernels=names),)
+    return (
+        _Built(
+            files=(*files, *carry_runtime(folder)),
+            kernels=tuple(
+                f"{made.kernel.spec.symbol}_{library.stem.removeprefix(LIBRARY_PREFIX)}"
+                for library, built in libraries.items()
+                for made in built
+            ),
+            choices=tuple(made.choice for built in libraries.values() for made in built if made.choice is not None),
+        ),
+    )
 
 
 def read(
@@ -185,15 +205,19 @@ def save(program: ExportedProgram | fx.GraphModule, out: Path) -> None:
         raise OutputError(f"{out}: could not be written ({error.strerror or error}). Nothing was changed.") from error
 
 
-def _spliced(source: FxModel, *, full: bool, targets: Sequence[Target] = ()) -> tuple[Spliced, dict[str, Any]]:
+def _spliced(
+    source: FxModel, *, full: bool, targets: Sequence[Target] = (), sizes_checked: bool = False
+) -> tuple[Spliced, dict[str, Any]]:
     """The rewritten program, and the report on the source. What has no CUDA kernel stays as it is where a GPU is to run it."""
     reading = read_masks(source.graph)
     findings = pipeline.find(reading)
-    outcomes = plan_rewrite(reading, findings, full=full, dtypes=DTYPES, residuals=frozenset(ResidualKind))
+    outcomes = pipeline.plan(
+        reading, findings, full=full, dtypes=DTYPES, residuals=frozenset(ResidualKind), trusted=False
+    )
     if is_on_cuda(source.module) or _of_class(targets, TargetClass.CUDA):
         outcomes = tuple(map(without_kernel, outcomes))
     name = source.path.name if source.path else source.graph.name
-    return splice(source, outcomes), as_json(name, findings)
+    return splice(source, outcomes, sizes_checked=sizes_checked), as_json(name, findings)
 
 
 def _as_given(model: TorchModel, spliced: Spliced) -> ExportedProgram | fx.GraphModule:

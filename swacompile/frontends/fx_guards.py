@@ -37,7 +37,7 @@ def write_guards(graph: fx.Graph, guards: Guards, nodes: Nodes, *, sizes_checked
             if extent.symbol in _symbols(guard.condition) and extent.symbol not in sizes:
                 size = graph.call_function(aten.sym_size.int, (nodes(extent.value), extent.axis))
                 size.meta["val"] = known[extent.symbol]
-                sizes[extent.symbol] = fx.Proxy(size)  # type: ignore[no-untyped-call]  # torch's
+                sizes[extent.symbol] = fx.Proxy(size)
         holds = _value(guard.condition, sizes)
         _add_values(holds.node)
         graph.call_function(aten._assert_scalar.default, (holds.node, f"swacompile expects {guard.words}")).meta[
@@ -57,7 +57,8 @@ def _value(expr: Expr, sizes: Mapping[Expr, Any]) -> Any:
         return expr.value
     if expr.op is Op.ITE:
         _, then, otherwise = expr.args
-        for pick, choose in ((minimum, torch.sym_min), (maximum, torch.sym_max)):
+        choices: list[tuple[Any, Any]] = [(minimum, torch.sym_min), (maximum, torch.sym_max)]
+        for pick, choose in choices:
             if expr in (pick(then, otherwise), pick(otherwise, then)):
                 return choose(_value(then, sizes), _value(otherwise, sizes))
         raise NotImplementedError(f"a size with a condition: {expr}")

@@ -23,6 +23,8 @@ from swacompile.attention import Kind, Layout, Operand, Refutation
 from swacompile.band import Alignment
 from swacompile.frontends.fx import FxModel
 from swacompile.frontends.fx_alias import base_name, view_of, written_operands
+from swacompile.frontends.fx_guards import write_guards
+from swacompile.passes.guards import Guards, Role
 from swacompile.passes.operands import Position, RunTimeOperand, Slopes
 from swacompile.passes.plan_rewrite import Replacement
 
@@ -44,10 +46,13 @@ class _Refused(Exception):
     """An attention cannot be replaced in this graph: (code, reason)."""
 
 
-def splice(source: FxModel, outcomes: tuple[Replacement | Refutation, ...]) -> Spliced:
-    """Put the operator in the place of every Replacement that the graph allows, and refuse the others."""
+def splice(source: FxModel, outcomes: tuple[Replacement | Refutation, ...], *, sizes_checked: bool = False) -> Spliced:
+    """Put the operator in the place of every Replacement that the graph allows, and refuse the others.
+
+    `sizes_checked`: whoever calls the graph checks sizes itself, as an exported program does.
+    """
     graph = copy.deepcopy(source.module.graph)
-    splicer = _Splicer(graph)
+    splicer = _Splicer(graph, sizes_checked=sizes_checked or source.program is not None)
     done = tuple(splicer.replaced(outcome) if isinstance(outcome, Replacement) else outcome for outcome in outcomes)
     if splicer.renamed:
         _remove_dead(graph)
@@ -73,8 +78,9 @@ def _program(source: ExportedProgram, module: fx.GraphModule, renamed: dict[str,
 class _Splicer:
     """Edits one graph. `renamed` says which node took whose place."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, sizes_checked: bool) -> None:
         self.graph = graph
+        self.sizes_checked = sizes_checked
         self.renamed: dict[str, str] = {}
         self._nodes = {node.name: node for node in graph.nodes}
         self._place = {node: place for place, node in enumerate(graph.nodes)}
@@ -93,6 +99,7 @@ class _Splicer:
     def _replace(self, old: fx.Node, outcome: Replacement) -> None:
         site = outcome.site
         query, key, value = (self._operand(old, operand) for operand in (site.query, site.key, site.value))
+        self._guard(old, outcome.guards, {Role.QUERY: query, Role.KEY: key, Role.VALUE: value})
         per_key = [self._per_key(old, key, operand) for operand in (outcome.key_padding, outcome.segments)]
         dtype = _val(query).dtype
         sinks = None if site.sinks is None else self._per_head(old, query, site.sinks, site.heads, dtype)
@@ -106,13 +113,28 @@ class _Splicer:
             "right_window_size": outcome.right_window_size,
             "bottom_right": outcome.proof.mask.alignment is Alignment.BOTTOM_RIGHT,
             "zeroed": outcome.proof.kind is Kind.ZEROED,
-            "bshd_output": _heads_inside(old),
+            "bshd_output": _heads_inside(old) or site.output_layout is Layout.BSHD,
         }
-        new = self._call(old, swacompile_torch.overload(), (query, key, value, *per_key, sinks, bias, slopes, offset), options)
+        new = self._call(
+            old, swacompile_torch.overload(), (query, key, value, *per_key, sinks, bias, slopes, offset), options
+        )
         if site.merged_output:
             new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), _val(value).shape[3]]))
+        elif site.output_layout is Layout.BSHD:
+            new = self._call(old, aten.transpose.int, (new, 1, 2))
         old.replace_all_uses_with(new)
         self.renamed[old.name] = new.name
+
+    def _guard(self, old: fx.Node, guards: Guards, operands: dict[Role, fx.Node]) -> None:
+        def node(value: str | Role) -> fx.Node:
+            return operands[value] if isinstance(value, Role) else self._readable(old, value)
+
+        try:
+            write_guards(self.graph, guards, node, sizes_checked=self.sizes_checked)
+        except NotImplementedError as error:
+            raise _Refused(
+                "guarded", f"the band holds for some sizes only, and this graph cannot check that: {error}"
+            ) from error
 
     # operands
 
@@ -128,6 +150,9 @@ class _Splicer:
     def _operand(self, old: fx.Node, operand: Operand) -> fx.Node:
         """(batch, heads, length, size)."""
         node = self._readable(old, operand.value)
+        if operand.merged:
+            shape = [-1, operand.merged_heads, self._size(old, node, 1), self._size(old, node, 2)]
+            return self._call(old, aten.reshape.default, (node, shape))
         return node if operand.layout is Layout.BHSD else self._call(old, aten.transpose.int, (node, 1, 2))
 
     def _readable(self, old: fx.Node, value: str) -> fx.Node:
@@ -152,6 +177,8 @@ class _Splicer:
         if operand is None:
             return None
         node = self._readable(old, operand.value)
+        if statically_known_true(_val(node).shape[0] == 1):
+            node = self._call(old, aten.expand.default, (node, [self._size(old, key, 0), -1]))
         for axis, key_axis in ((0, 0), (1, 2)):
             if not statically_known_true(_val(node).shape[axis] == _val(key).shape[key_axis]):
                 # The source reads only the elements of batches and keys that there are.
@@ -161,9 +188,7 @@ class _Splicer:
         is_condition = _val(node).dtype == torch.bool
         return node if is_condition else self._converted(old, node, torch.int64)
 
-    def _per_head(
-        self, old: fx.Node, query: fx.Node, value: str | float, heads: int, dtype: torch.dtype
-    ) -> fx.Node:
+    def _per_head(self, old: fx.Node, query: fx.Node, value: str | float, heads: int, dtype: torch.dtype) -> fx.Node:
         """(heads,), of this data type."""
         if isinstance(value, float):
             device = _val(query).device
@@ -192,6 +217,10 @@ class _Splicer:
             return None
         node = self._readable(old, bias)
         missing = 4 - _val(node).dim()
+        for axis, (operand, place) in enumerate(((query, 0), (query, 1), (query, 2), (key, 2))[missing:]):
+            extent, wanted = _val(node).shape[axis], _val(operand).shape[place]
+            if not (statically_known_true(extent == 1) or statically_known_true(extent == wanted)):
+                node = self._call(old, aten.slice.Tensor, (node, axis, 0, self._size(old, operand, place)))
         leading = [self._size(old, node, axis - missing) if axis >= missing else 1 for axis in (0, 1)]
         shape = [*leading, self._size(old, query, 2), self._size(old, key, 2)]
         return self._call(old, aten.expand.default, (node, shape))

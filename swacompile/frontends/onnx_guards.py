@@ -51,10 +51,18 @@ class OnnxGuards:
         ]  # fmt: skip
 
     def per_key(self, before: ir.Node, replacement: Replacement, values: list[ir.Value], operand: ir.Value) -> ir.Value:
-        """An operand of (1 or batch, keys) as (batch, keys); `values` are query, key and value."""
+        """An operand of (1 or batch, keys or more) as (batch, keys); `values` are query, key and value."""
         if not replacement.guards.expands:
             return operand
         checked = self._checked(before, replacement, values)
+        if replacement.guards.cuts:
+            first, keys = (
+                self.splicer.constant(np.asarray([0]), "size_0"),
+                self.splicer.constant(np.asarray([1]), "size_1"),
+            )
+            operand = self.splicer.once(
+                before, f"{operand.name}_{checked.keys.name}", "Slice", [operand, first, checked.keys, keys]
+            )
         name = f"{operand.name}_{checked.batch.name}"
         shape = self._shape(before, (checked.batch, checked.keys))
         return self.splicer.once(before, name, "Expand", [operand, shape])
