@@ -54,14 +54,15 @@ def per_key(reading: Reading, site: Attention, residual: Residual) -> RunTimeOpe
 
 
 def bias(reading: Reading, site: Attention, residual: Residual) -> str | None:
-    """The value that broadcasts to (batch, heads, queries, keys), of the site's data type, whose elements are added to the scores."""
+    """The value that broadcasts to (batch, heads, queries, keys), of the site's data type, whose elements are added to the scores.
+
+    It may be longer than that: what the model reads of it starts at index 0 of every axis.
+    """
     axes = site.axes
     place = (axes.batch, axes.head, axes.query, axes.key)
     for name, extents in _values(reading, Sort.REAL, 1, 4):
-        wanted = tuple(axis.args[0] for axis in place[4 - len(extents) :])
-        fits = all(found in (ONE, extent) for found, extent in zip(extents, wanted, strict=True))
         same_type = reading.tensors[name].dtype == site.dtype
-        if fits and same_type and _element(reading, name, place, extents) == residual.data:
+        if same_type and _element(reading, name, place, extents) == residual.data:
             return name
     return None
 
@@ -90,9 +91,11 @@ def position(residual: Residual) -> Position | None:
 
 
 def _values(reading: Reading, sort: Sort, least: int, most: int) -> Iterator[tuple[str, Index]]:
-    """Values of this sort and of a number of axes in this range, with their extents, in execution order."""
+    """Values of the source, of this sort and of a number of axes in this range, with their extents, in execution order."""
     for name, tensor in reading.tensors.items():
-        extents = reading.extents(name)
+        producer, extents = reading.graph.producers.get(name), reading.extents(name)
+        if producer is not None and producer.attrs.get("made"):
+            continue
         if extents is not None and least <= tensor.rank <= most and sort_of(tensor.dtype) is sort:
             yield name, extents
 

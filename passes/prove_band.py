@@ -13,6 +13,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import prod
 
 from swacompile.attention import Attention, Axes, BandProof, Kind, Limits, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
@@ -25,6 +26,7 @@ from swacompile.index_expr import (
     Op,
     and_,
     const_int,
+    const_real,
     eq,
     ideal,
     integer,
@@ -168,7 +170,8 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
     factors = tuple(_factors(bias))
     fixed = [factor for factor in factors if not moving & set(walk(factor))]
     distances = [factor for factor in factors if factor not in fixed]
-    slope = reduce(real_mul, fixed, real(1.0))
+    numbers = [number for factor in fixed if (number := const_real(factor)) is not None]
+    slope = reduce(real_mul, (factor for factor in fixed if const_real(factor) is None), real(1.0))
     for distance in distances if len(distances) == 1 else ():
         if axes.key not in walk(distance):
             continue
@@ -179,7 +182,7 @@ def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
         for sign, ahead in ((1.0, sub(axes.key, axes.query)), (-1.0, sub(axes.query, axes.key))):
             same_row = axes.key not in walk(sub(steps, ahead))
             if same_row or is_valid(or_(not_(visible), eq(steps, ahead))):
-                return real_mul(slope, real(sign))
+                return real_mul(slope, real(sign * prod(numbers)))
     return None
 
 
