@@ -47,10 +47,10 @@ def per_key(reading: Reading, site: Attention, residual: Residual) -> RunTimeOpe
         if _fits(extents, site) and _element(reading, name, place, extents) == residual.data:
             return RunTimeOperand(value=name)
     source = _nonzero_of(residual.data)
-    extents = None if source is None else reading.extents(source.name)
-    if source is None or extents is None or not _fits(extents, site):
+    shape = None if source is None else reading.extents(source.name)
+    if source is None or shape is None or not _fits(shape, site) or source.args != broadcast_index(place, shape):
         return None
-    return RunTimeOperand(value=source.name, nonzero=True) if source.args == broadcast_index(place, extents) else None
+    return RunTimeOperand(value=source.name, nonzero=True)
 
 
 def bias(reading: Reading, site: Attention, residual: Residual) -> str | None:

@@ -108,19 +108,19 @@ def _with_operand(reading: Reading, plan: Replacement, residual: Residual) -> Re
     match residual.kind:
         case ResidualKind.KEY_PADDING if plan.key_padding is None:
             padding = operands.per_key(reading, plan.site, residual)
-            return padding and replace(plan, key_padding=padding)
+            return None if padding is None else replace(plan, key_padding=padding)
         case ResidualKind.SEGMENTS if plan.segments is None:
             segments = operands.per_key(reading, plan.site, residual)
-            return segments and replace(plan, segments=segments)
+            return None if segments is None else replace(plan, segments=segments)
         case ResidualKind.BIAS if plan.bias is None:
             bias = operands.bias(reading, plan.site, residual)
             return None if bias is None else replace(plan, bias=bias)
         case ResidualKind.ALIBI if plan.alibi_slopes is None:
             slopes = operands.slopes(reading, plan.site, residual)
-            return slopes and replace(plan, alibi_slopes=slopes)
+            return None if slopes is None else replace(plan, alibi_slopes=slopes)
         case ResidualKind.OFFSET if plan.offset is None:
             offset = operands.position(residual)
-            return offset and replace(plan, offset=offset)
+            return None if offset is None else replace(plan, offset=offset)
     return None
 
 

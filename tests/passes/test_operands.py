@@ -1,6 +1,5 @@
 """What is added to scores, and positions of the model's data, found in torch programs and given to the operator."""
 
-import copy
 from typing import Any
 
 import pytest
