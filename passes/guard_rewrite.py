@@ -104,7 +104,7 @@ def _essence(plan: Replacement) -> tuple[object, ...]:
     site, proof = plan.site, plan.proof
     return (
         plan.left_window_size, plan.right_window_size, plan.key_padding, plan.segments, plan.bias, plan.alibi_slopes, plan.offset,
-        proof.kind, proof.mask, site.query, site.key, site.value, site.output, site.merged_output, site.heads, site.kv_heads, site.dtype,
+        proof.kind, proof.mask, site.query, site.key, site.value, site.output, site.merged_output, site.output_layout, site.heads, site.kv_heads, site.dtype,
         site.scale, site.softcap, site.sinks,
     )  # fmt: skip
 

@@ -106,7 +106,8 @@ def guards_of(
     `trusted`: the runtime itself checks extents that the model declares as numbers. Extents in `one` may be 1 as well.
     """
     places = [*_operand_places(reading, site), *_sources(reading, site)]
-    sizes = _Bound(reading=reading)
+    operands = {Role.QUERY: site.query, Role.KEY: site.key, Role.VALUE: site.value}
+    sizes = _Bound(reading=reading, operands=operands)
     for extent, expected in places:
         sizes.bind(extent, expected)
     guards = [
@@ -144,6 +145,7 @@ class _Bound:
     """The sizes of a proof, each bound to the first extent that is this size and nothing else."""
 
     reading: Reading
+    operands: dict[Role, Operand]
     actual: dict[Expr, Expr] = field(default_factory=dict)
     extents: dict[Expr, Extent] = field(default_factory=dict)
 
@@ -154,9 +156,7 @@ class _Bound:
 
     def guard(self, extent: Extent, expected: Expr, trusted: bool, or_one: bool) -> Guard | None:
         """That the extent is what the proof expects; None where it is so by the choice of symbols, or the runtime sees to it."""
-        number = const_int(expected)
-        declared = isinstance(extent.value, Role) or extent.value in self.reading.graph.inputs
-        if number is not None and trusted and declared:
+        if trusted and self._is_stated(extent):
             return None
         wanted = self.in_extents(expected)
         if wanted == extent.symbol:
@@ -166,6 +166,14 @@ class _Bound:
         if or_one:
             return Guard(condition=or_(same, eq(extent.symbol, ONE)), words=f"{words} or 1")
         return Guard(condition=same, words=words)
+
+    def _is_stated(self, extent: Extent) -> bool:
+        """Whether the model says itself, without any other size, which number this is. A value that no rule reads may lie."""
+        operand = self.operands.get(extent.value) if isinstance(extent.value, Role) else None
+        value, axis = (extent.value, extent.axis) if operand is None else (operand.value, axis_in(operand, extent.axis))
+        tensor = self.reading.tensors[str(value)]
+        read = operand is not None or value in self.reading.graph.inputs
+        return read and const_int(tensor.shape[axis]) is not None
 
     def in_extents(self, expected: Expr) -> Expr:
         """A size in terms of extents. Raises Unguardable."""
@@ -210,15 +218,15 @@ def _limits(sizes: _Bound, proof: BandProof) -> Iterator[Guard]:
 
 
 def _operand_places(reading: Reading, site: Attention) -> Iterator[tuple[Extent, Expr]]:
-    for role, operand, heads, axes in (
-        (Role.QUERY, site.query, site.heads, (BATCH, SEQUENCE)),
-        (Role.KEY, site.key, site.kv_heads, (SEQUENCE, BATCH)),
-        (Role.VALUE, site.value, site.kv_heads, (SEQUENCE, BATCH)),
+    for role, operand, axes in (
+        (Role.QUERY, site.query, (BATCH, SEQUENCE)),
+        (Role.KEY, site.key, (SEQUENCE, BATCH)),
+        (Role.VALUE, site.value, (SEQUENCE, BATCH)),
     ):
         for axis in axes:
             extent = _extents(reading, operand.value)[axis_in(operand, axis)]
             merged = operand.merged and axis == BATCH
-            yield Extent(value=role, axis=axis), floordiv(extent, integer(heads)) if merged else extent
+            yield Extent(value=role, axis=axis), floordiv(extent, integer(operand.merged_heads)) if merged else extent
 
 
 def axis_in(operand: Operand, axis: int) -> int:
