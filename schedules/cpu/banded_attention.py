@@ -148,7 +148,7 @@ def _sum_values(problem: Problem, tiles: Tiles) -> Buffer:
     with when(problem.zeroed), builder.parallel(i64(0), problem.batch * problem.kv_heads) as pair:
         batch = let(tirx.truncdiv(pair, problem.kv_heads))
         kv_head = let(pair - batch * problem.kv_heads)
-        pieces = [piece for group in split_columns(size, tiles) for piece in group]
+        pieces = [piece for group in split_columns(size, tiles.lanes, tiles.output_vectors) for piece in group]
         for column, lanes in pieces:
             store(sums, splat(0.0, lanes), pair, i64(column), lanes=lanes)
         store(sums, f32(0.0), pair, i64(size))

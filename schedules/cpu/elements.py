@@ -5,7 +5,7 @@ from typing import Any
 
 from tvm import tirx
 
-from swacompile.schedules.cpu.emit import Buffer, Expr, lane_indices, let, select, splat, store
+from swacompile.schedules.cpu.emit import Buffer, Expr, lane_indices, lanes_of, let, select, splat, store
 from swacompile.workload import DType
 
 
@@ -43,18 +43,13 @@ class Elements:
         store(buffer, stored, *index, lanes=lanes)
 
 
-def _lanes(value: Expr) -> int:
-    _, _, lanes = str(value.ty).partition("x")
-    return int(lanes or 1)
-
-
 def _like(value: Expr, dtype: str) -> str:
-    lanes = _lanes(value)
+    lanes = lanes_of(value)
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
 def _constant(value: int, like: Expr) -> Any:
-    return splat(tirx.const(value, "uint32"), _lanes(like))
+    return splat(tirx.const(value, "uint32"), lanes_of(like))
 
 
 def _as_float(bits: Expr) -> Expr:
@@ -69,7 +64,7 @@ def _f16_to_f32(bits: Expr) -> Expr:
     """Exponent and fraction moved into place are the value times 2^-112, subnormals included."""
     sign = let((bits & _constant(0x8000, bits)) << _constant(16, bits))
     moved = let((bits & _constant(0x7FFF, bits)) << _constant(13, bits))
-    scaled = let(tirx.reinterpret(_like(bits, "uint32"), _as_float(moved) * splat(2.0**112, _lanes(bits))))
+    scaled = let(tirx.reinterpret(_like(bits, "uint32"), _as_float(moved) * splat(2.0**112, lanes_of(bits))))
     special = let(moved | _constant(0x7F800000, bits))
     magnitude = select(moved >= _constant(0x7C00 << 13, bits), special, scaled)
     return let(_as_float(magnitude | sign))
@@ -86,7 +81,7 @@ def _f16_bits(bits: Expr) -> Expr:
     """Three ranges: what rounds to infinity, float16's subnormals (aligned by adding 1/2), and the rest."""
     magnitude = let(bits & _constant(0x7FFFFFFF, bits))
     sign = let((bits >> _constant(16, bits)) & _constant(0x8000, bits))
-    half = tirx.reinterpret(_like(bits, "uint32"), _as_float(magnitude) + splat(0.5, _lanes(bits)))
+    half = tirx.reinterpret(_like(bits, "uint32"), _as_float(magnitude) + splat(0.5, lanes_of(bits)))
     subnormal = let(half - _constant(0x3F000000, bits))
     odd = let((magnitude >> _constant(13, bits)) & _constant(1, bits))
     normal = let((magnitude + _constant(0xC8000FFF, bits) + odd) >> _constant(13, bits))

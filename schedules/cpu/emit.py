@@ -39,6 +39,11 @@ def splat(value: Expr, lanes: int) -> Expr:
     return value if lanes == 1 else tirx.Broadcast(value, lanes)
 
 
+def lanes_of(value: Expr) -> int:
+    _, _, lanes = str(value.ty).partition("x")
+    return int(lanes or 1)
+
+
 def lane_indices(base: Expr, lanes: int, step: Expr = 1) -> Expr:
     """base, base + step, ... as int64."""
     base = as_i64(base)
@@ -146,8 +151,8 @@ class Registers:
 
 
 def prefetch(buffer: Buffer, *index: Expr) -> None:
-    """Ask for the cache line of an element, into the second-level cache. The element need not exist."""
-    hints = [tirx.const(value, "int32") for value in (0, 2, 1)]  # to read, second level, data
+    """Ask for the cache line of an element. The element need not exist."""
+    hints = [tirx.const(value, "int32") for value in (0, 3, 1)]  # to read, first level, data
     builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[index]), *hints))
 
 

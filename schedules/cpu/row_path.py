@@ -36,7 +36,7 @@ from swacompile.schedules.cpu.emit import (
 )
 from swacompile.schedules.cpu.problem import Problem
 from swacompile.schedules.cpu.tiles import Tiles, split_columns
-from swacompile.schedules.cpu.vector_math import LOG2_E, exp2, reduce_lanes, sum_lanes, tanh
+from swacompile.schedules.cpu.vector_math import LOG2_E, exp2, reduce_lanes, sum_each, sum_lanes, tanh
 
 CACHE_LINE = 64
 Piece = tuple[int, int]
@@ -70,6 +70,7 @@ class RowPath:
         self._memory = memory
         self._value_sum = value_sum
         self._count = heads
+        self._vectors_at_once = max(1, tiles.accumulators // heads)
 
     def emit(self, batch: Expr, first_head: Expr, last_head: Expr, query: Expr) -> None:
         """Heads beyond `last_head` repeat it: their results are the same numbers, written twice."""
@@ -120,7 +121,9 @@ class RowPath:
                 store(self._memory.query, value * splat(scale, lanes), i * problem.head_size + column, lanes=lanes)
 
     def _columns(self, size: int) -> list[Piece]:
-        return [piece for group in split_columns(size, self._tiles) for piece in group]
+        return [
+            piece for group in split_columns(size, self._tiles.lanes, self._tiles.output_vectors) for piece in group
+        ]
 
     def _start_softmax(self) -> None:
         problem = self._problem
@@ -150,23 +153,24 @@ class RowPath:
                 for column, width in pieces
             ]
             self._prefetch(problem.value, self._key0 + row, problem.value_size)
-            for i in range(self._count):
-                store(self._memory.scores, self._dot(i, key, pieces), i * self._tiles.row_keys + row)
+            for i, product in enumerate(self._dots(key, pieces)):
+                store(self._memory.scores, product, i * self._tiles.row_keys + row)
 
     def _prefetch(self, operand: Buffer, key: Expr, columns: int) -> None:
         """A key's row: the products alternate between keys and values in blocks too short for the processor to foresee."""
         for column in range(0, columns, CACHE_LINE // self._problem.elements.dtype.bytes):
             prefetch(operand, self._batch, self._kv_head, key, i64(column))
 
-    def _dot(self, head: int, key: list[Expr], pieces: list[Piece]) -> Expr:
-        sums: dict[int, Expr] = {}
+    def _dots(self, key: list[Expr], pieces: list[Piece]) -> list[Expr]:
+        """A key's product with each head's query."""
+        sums: dict[int, list[Expr]] = {}
         for value, (column, lanes) in zip(key, pieces, strict=True):
-            query = load(self._memory.query, head * self._problem.head_size + column, lanes=lanes)
-            sums[lanes] = let(query * value + sums[lanes]) if lanes in sums else let(query * value)
-        total: Expr = f32(0.0)
-        for lanes, vector in sums.items():
-            total = total + sum_lanes(vector, lanes)
-        return let(total)
+            places = [head * self._problem.head_size + column for head in range(self._count)]
+            products = [let(load(self._memory.query, place, lanes=lanes) * value) for place in places]
+            so_far = sums.get(lanes)
+            sums[lanes] = products if so_far is None else [let(a + b) for a, b in zip(so_far, products, strict=True)]
+        totals = [sum_each(vectors, lanes) for lanes, vectors in sums.items()]
+        return [let(sum(parts[1:], start=parts[0])) for parts in zip(*totals, strict=True)]
 
     def _change_scores(self) -> None:
         """Softcap, ALiBi, bias, hidden keys, and the lanes beyond the block's end."""
@@ -247,30 +251,37 @@ class RowPath:
         return sum_lanes(let(total[0]), lanes)
 
     def _emit_output(self) -> None:
-        for group in split_columns(self._problem.value_size, self._tiles):
+        for group in split_columns(self._problem.value_size, self._tiles.lanes, self._vectors_at_once):
             self._output_columns(group)
 
     def _output_columns(self, group: tuple[Piece, ...]) -> None:
-        problem, memory = self._problem, self._memory
+        problem = self._problem
         pieces = [Registers(self._count, lanes) for _, lanes in group]
         either(self._is_first, lambda: self._clear(pieces), lambda: self._reload(pieces, group))
-        with (
-            for_range(0, self._key_count) as row,
-            when(equal(memory.hidden[row], tirx.const(0, "uint8"))),
-        ):
-            values = [
-                problem.elements.load(
-                    problem.value, self._batch, self._kv_head, self._key0 + row, i64(column), lanes=lanes
-                )
-                for column, lanes in group
-            ]
-            if group[0][0] == 0:
-                self._prefetch(problem.key, self._key0 + self._tiles.row_keys + row, problem.head_size)
-            for i in range(self._count):
-                weight = load(memory.scores, i * self._tiles.row_keys + row)
-                for acc, value, (_, lanes) in zip(pieces, values, group, strict=True):
-                    acc[i] = acc[i] + splat(weight, lanes) * value
+        hides = any_of(problem.has_padding, problem.segmented)
+        either(hides, lambda: self._add_shown_values(pieces, group), lambda: self._add_all_values(pieces, group))
         either(self._is_last, lambda: self._finish(pieces, group), lambda: self._keep(pieces, group))
+
+    def _add_shown_values(self, pieces: list[Registers], group: tuple[Piece, ...]) -> None:
+        with for_range(0, self._key_count) as row, when(equal(self._memory.hidden[row], tirx.const(0, "uint8"))):
+            self._add_value(pieces, group, row)
+
+    def _add_all_values(self, pieces: list[Registers], group: tuple[Piece, ...]) -> None:
+        with for_range(0, self._key_count) as row:
+            self._add_value(pieces, group, row)
+
+    def _add_value(self, pieces: list[Registers], group: tuple[Piece, ...], row: Expr) -> None:
+        problem = self._problem
+        values = [
+            problem.elements.load(problem.value, self._batch, self._kv_head, self._key0 + row, i64(column), lanes=lanes)
+            for column, lanes in group
+        ]
+        if group[0][0] == 0:
+            self._prefetch(problem.key, self._key0 + self._tiles.row_keys + row, problem.head_size)
+        for head in range(self._count):
+            weight = load(self._memory.scores, head * self._tiles.row_keys + row)
+            for acc, value, (_, lanes) in zip(pieces, values, group, strict=True):
+                acc[head] = acc[head] + splat(weight, lanes) * value
 
     def _clear(self, pieces: list[Registers]) -> None:
         for acc in pieces:

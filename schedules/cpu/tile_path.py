@@ -285,7 +285,11 @@ class TilePath:
     def _convert_keys(self, row: Expr) -> None:
         """A block's keys as float32."""
         problem = self._problem
-        pieces = [piece for group in split_columns(problem.head_size, self._tiles) for piece in group]
+        pieces = [
+            piece
+            for group in split_columns(problem.head_size, self._tiles.lanes, self._tiles.output_vectors)
+            for piece in group
+        ]
         for i in range(self._tiles.score_keys):
             source = load(self._memory.key_offset, row + i)
             for column, width in pieces:
@@ -435,7 +439,7 @@ class TilePath:
 
     def _emit_output(self) -> None:
         tiles = self._tiles
-        for group in split_columns(self._problem.value_size, tiles):
+        for group in split_columns(self._problem.value_size, tiles.lanes, tiles.output_vectors):
             if self._memory.converted is not None:
                 self._convert_values(group)
             with for_range(0, ceil_div(self._rows, i64(tiles.output_rows))) as block:

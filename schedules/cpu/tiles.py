@@ -25,7 +25,7 @@ class Tiles:
     score_vectors: int
     output_rows: int
     output_vectors: int
-    row_keys: int = 64
+    row_keys: int = 32
     row_heads: int = 4
 
     def __post_init__(self) -> None:
@@ -37,6 +37,11 @@ class Tiles:
     @property
     def query_vectors(self) -> int:
         return self.queries // self.lanes
+
+    @property
+    def accumulators(self) -> int:
+        """Vector registers that hold sums in the second product; the row path divides them among its heads."""
+        return self.output_rows * self.output_vectors
 
     @property
     def output_columns(self) -> int:
@@ -80,19 +85,19 @@ def scratch_bytes(tiles: Tiles, *, dtype: DType, head_size: int, value_size: int
     return 4 * (floats + 9 * tiles.queries + 2 * tiles.keys + 64)
 
 
-def split_columns(columns: int, tiles: Tiles) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Columns of the value as groups of (first column, lanes): even groups of whole vectors, then the rest in ever smaller ones.
+def split_columns(columns: int, lanes: int, most: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Columns as groups of (first column, lanes): even groups of up to `most` whole vectors, then the rest in ever smaller ones.
 
     The pieces cover exactly `columns`, so that nothing beyond a row is read or written.
     """
-    whole = columns // tiles.lanes
+    whole = columns // lanes
     groups: list[tuple[tuple[int, int], ...]] = []
-    count = -(-whole // tiles.output_vectors)
+    count = -(-whole // most)
     for group in range(count):
         first, stop = whole * group // count, whole * (group + 1) // count
-        groups.append(tuple((vector * tiles.lanes, tiles.lanes) for vector in range(first, stop)))
-    rest = split_tail(whole * tiles.lanes, columns, tiles.lanes)
-    groups.extend(rest[i : i + tiles.output_vectors] for i in range(0, len(rest), tiles.output_vectors))
+        groups.append(tuple((vector * lanes, lanes) for vector in range(first, stop)))
+    rest = split_tail(whole * lanes, columns, lanes)
+    groups.extend(rest[i : i + most] for i in range(0, len(rest), most))
     return tuple(groups)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tvm import tirx
 
-from swacompile.schedules.cpu.emit import Expr, let, select, shuffle, splat
+from swacompile.schedules.cpu.emit import Expr, lanes_of, let, select, shuffle, splat
 
 LOG2_E = 1.4426950408889634
 
@@ -71,6 +71,27 @@ def reduce_lanes(vector: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]
 
 def sum_lanes(vector: Expr, lanes: int) -> Expr:
     return reduce_lanes(vector, lanes, lambda a, b: a + b)
+
+
+def sum_each(vectors: Sequence[Expr], lanes: int) -> list[Expr]:
+    """The sum of each vector's lanes. Vectors are added in pairs, half of one beside half of the other, so that all share the work."""
+    count = 1 << (len(vectors).bit_length() - 1)
+    if lanes < count or count == 1:
+        return [sum_lanes(vector, lanes) for vector in vectors]
+    part, rows = lanes, list(vectors[:count])
+    while part > 1:
+        part //= 2
+        rows = [_add_halves(rows[i : i + 2], part) for i in range(0, len(rows), 2)]
+    sums = [shuffle(rows, [i]) for i in range(count)]
+    return sums + (sum_each(vectors[count:], lanes) if count < len(vectors) else [])
+
+
+def _add_halves(vectors: Sequence[Expr], part: int) -> Expr:
+    """Of the concatenation of one or two vectors the lower `part` of every 2 * part lanes plus the upper."""
+    total = sum(map(lanes_of, vectors))
+    starts = range(0, total, 2 * part)
+    low, high = (shuffle(vectors, [start + shift + i for start in starts for i in range(part)]) for shift in (0, part))
+    return let(low + high)
 
 
 def transpose(rows: Sequence[Expr], lanes: int) -> list[Expr]:

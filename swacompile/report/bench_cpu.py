@@ -41,7 +41,7 @@ SAMPLED_ROWS = 5
 SLOW_SECONDS = 2.0
 """A contender whose first call takes longer has no more turns than one."""
 TURN_SECONDS = 0.02
-PAUSE_SECONDS = 0.004
+PAUSE_SECONDS = 0.02
 """Before a turn, so that the last contender's threads have stopped waiting for work."""
 MOST_ROUNDS = 200
 PACKAGES = ("swacompile", "apache-tvm", "onnxruntime", "torch", "numpy")
