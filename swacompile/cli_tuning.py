@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from swacompile.errors import ArgumentError
-from swacompile.target import TARGETS, Target, cpu_flags, host_targets, matching_targets, target_named
+from swacompile.target import TARGETS, Target, TargetClass, cpu_flags, host_targets, matching_targets, target_named
 from swacompile.tuning import store
 from swacompile.tuning.database import Database, best
 from swacompile.tuning.record import Status, TuningRecord
@@ -128,9 +128,11 @@ def _tune(
     results: list[Tuned] = []
     with ExitStack() as stack:
         bench = stack.enter_context(Workbench(target, lock=lock))
-        measurer: Measurer = LocalMeasurer(bench, threads=threads)
+        measurer: Measurer
         if tracker is not None and key is not None:
             measurer = stack.enter_context(FleetMeasurer(bench, tracker=tracker, key=key, threads=threads))
+        else:
+            measurer = LocalMeasurer(bench, threads=threads)
         for workload in workloads:
             with _progress(workload, limits) as listen:
                 results.append(run(workload, measurer, database, limits, listen))
@@ -197,8 +199,11 @@ def _export(workloads: Sequence[Workload], target: Target, limits: Limits, tar: 
     with Workbench(target) as bench, err.status(f"building candidates for {target.name}"):
         picked = [c for w in workloads for c in bundle.pick(w, bench, trials=limits.trials, seed=limits.seed)]
         count = bundle.export(picked, bench, tar)
+    jobs = " --jobs 8" if target.target_class is TargetClass.CUDA else ""
     out.print(f"wrote {tar}: {count} candidates. On the other machine, with numpy and apache-tvm-ffi installed:")
-    out.print(f"  tar xf {tar.name} {bundle.RUNNER_FILE} && python {bundle.RUNNER_FILE} {tar.name} -o results.jsonl")
+    out.print(
+        f"  tar xf {tar.name} {bundle.RUNNER_FILE} && python {bundle.RUNNER_FILE} {tar.name} -o results.jsonl{jobs}"
+    )
 
 
 def _import(results: Path, database: Database) -> None:

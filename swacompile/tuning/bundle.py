@@ -23,6 +23,7 @@ from swacompile.workload import Workload
 
 EFFORT = Effort(rung=1, samples=9, min_ms=10.0)
 """Nobody looks at the results before all are measured, so each is measured well."""
+NEAR = 4
 RUNNER_FILE = "swacompile_runner.py"
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = {
@@ -41,14 +42,14 @@ _RUNTIMES = {
 
 
 def pick(workload: Workload, bench: Workbench, *, trials: int, seed: int = 0) -> tuple[Candidate, ...]:
-    """The default, then its neighbours and random Configs in turns: `trials` in all, or as many as the space has."""
+    """The default, then its neighbours, and every NEAR-th a random Config: `trials` in all, or as many as the space has."""
     space = rule_for(workload, bench.target).space(workload, bench.target)
     rng = random.Random(seed)
     around = list(space.neighbours(space.base))
     rng.shuffle(around)
     chosen = {space.base: Origin.DEFAULT}
     while len(chosen) < trials:
-        config = around.pop() if around and len(chosen) % 2 else space.sample(rng, set(chosen))
+        config = around.pop() if around and len(chosen) % NEAR else space.sample(rng, set(chosen))
         if config is None:
             break
         chosen.setdefault(config, Origin.SEARCH)

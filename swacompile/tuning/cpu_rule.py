@@ -19,6 +19,7 @@ from swacompile.workload import Feature, Workload
 NAME = "cpu_tiles"
 ROW_PARAMETERS = ("row_keys", "row_heads")
 """Sizes of the path for a single query; all others are of the path for many, so that two records make one kernel."""
+_NAMES = tuple(field.name for field in fields(Tiles) if field.name != "lanes")
 _SPARE_REGISTERS = 1
 _SOURCES = Path(__file__).parents[1] / "schedules" / "cpu"
 
@@ -44,6 +45,9 @@ class CpuTilesRule:
             return refuse(config, workload, target)
 
         return Space(base=base, parameters=parameters, refusal=refusal)
+
+    def completed(self, config: Config) -> Config | None:
+        return config if config.rule == NAME and sorted(config.as_dict()) == sorted(_NAMES) else None
 
     def function_name(self, workload: Workload, target: Target) -> str:
         return variant_of(workload).function_name(target)
@@ -78,10 +82,8 @@ def config_of(tiles: Tiles) -> Config:
 
 def tiles_of(config: Config, target: Target) -> Tiles:
     """Raises ValueError where the Config has other names than Tiles or its sizes do not divide each other."""
-    expected = [field.name for field in fields(Tiles) if field.name != "lanes"]
-    found = [name for name, _ in config.values]
-    if config.rule != NAME or sorted(found) != sorted(expected):
-        raise ValueError(f"expected {NAME} with {', '.join(expected)}, found {config}")
+    if config.rule != NAME or sorted(config.as_dict()) != sorted(_NAMES):
+        raise ValueError(f"expected {NAME} with {', '.join(_NAMES)}, found {config}")
     return Tiles(lanes=_limits(target).floats_per_vector, **config.as_dict())
 
 

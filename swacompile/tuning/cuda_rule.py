@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from swacompile.schedules.cuda.spec import Features, KernelSpec, MmaConfig, Wgmm
 from swacompile.target import CudaLimits, Target
 from swacompile.tuning.config import Config
 from swacompile.tuning.space import Parameter, Space
-from swacompile.workload import DType, Feature, Workload
+from swacompile.workload import Feature, Workload
 
 _CLASSES: Mapping[str, type[Any]] = {"wgmma": WgmmaConfig, "mma": MmaConfig}
 # What may be tried, in an order in which neighbours behave alike. A field that is not listed keeps the default's value.
@@ -93,6 +93,17 @@ class CudaTilesRule:
             refusal=refusal,
         )
 
+    def completed(self, config: Config) -> Config | None:
+        if config.rule != self.name:
+            return None
+        earlier = {
+            field.name: int(field.default) for field in fields(_CLASSES[self.name]) if field.default is not MISSING
+        }
+        try:
+            return config_of(cuda_config(Config.of(self.name, earlier | config.as_dict())))
+        except ValueError:
+            return None
+
     def function_name(self, workload: Workload, target: Target) -> str:
         return spec_of(workload).symbol
 
@@ -117,7 +128,7 @@ class CudaTilesRule:
 
 def default_kernel(workload: Workload, target: Target) -> Kernel | None:
     """The kernel that the analytical model chooses; None where CUDA has none for the workload."""
-    if target.cuda is None or workload.dtype is DType.F32:
+    if target.cuda is None:
         return None
     try:
         spec = spec_of(workload)

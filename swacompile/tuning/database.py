@@ -32,12 +32,15 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The Config for a workload; `record` is None for the analytical default."""
+    """The Config for a workload; `record` is None for the analytical default. `outdated`: it was measured with other
+    sources of the kernel than those here.
+    """
 
     workload: Workload
     config: Config
     level: Level
     record: TuningRecord | None
+    outdated: bool = False
 
     def __str__(self) -> str:
         if self.record is None:
@@ -46,6 +49,8 @@ class Choice:
         source = f"tuned on {origin.device}, {self.record.date[:10]}"
         if self.level is not Level.EXACT:
             source = f"{self.level} record {self.record.workload} of {self.record.target}, {source}"
+        if self.outdated:
+            source += f" with other kernel sources ({origin.revision})"
         return f"{self.workload}: {source}, {self.config}"
 
 
@@ -88,19 +93,25 @@ class Database:
         or the default.
 
         A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
-        device.
+        device. Those that were measured with other sources of the kernel count where `_holds_still` says so.
         """
-        space = rule.space(workload, target)
+        space, revision = rule.space(workload, target), rule.revision()
 
         def usable(record: TuningRecord) -> bool:
-            names = [name for name, _ in record.config.values]
-            fits = record.config.rule == rule.name and names == [name for name, _ in space.base.values]
-            return fits and space.refusal(record.config) is None
+            config = rule.completed(record.config)
+            return config is not None and space.refusal(config) is None
 
         for level, candidates in self._levels(workload, target):
-            record = best([record for record in candidates if usable(record)], device)
-            if record is not None:
-                return Choice(workload=workload, config=record.config, level=level, record=record)
+            trusted = [
+                record
+                for record in candidates
+                if record.provenance.revision == revision or _holds_still(record, candidates, rule, target)
+            ]
+            record = best(filter(usable, trusted), device, revision)
+            config = rule.completed(record.config) if record is not None else None
+            if record is not None and config is not None:
+                outdated = record.provenance.revision != revision
+                return Choice(workload=workload, config=config, level=level, record=record, outdated=outdated)
         return Choice(workload=workload, config=space.base, level=Level.DEFAULT, record=None)
 
     def _levels(self, workload: Workload, target: Target) -> Iterator[tuple[Level, list[TuningRecord]]]:
@@ -112,18 +123,41 @@ class Database:
         yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, workload))
 
 
-def best(records: Iterable[TuningRecord], device: str | None = None) -> TuningRecord | None:
+def _holds_still(record: TuningRecord, beside: Sequence[TuningRecord], rule: TunableRule, target: Target) -> bool:
+    """Whether a record of other kernel sources still counts: if it was compared with what is the default today. Where
+    the default is another by now, it is most likely better than what beat the old one.
+    """
+    if not rule.applies(record.workload, target):
+        return False
+    default = rule.default(record.workload, target)
+    return any(
+        other.origin is Origin.DEFAULT
+        and other.workload == record.workload
+        and other.provenance.comparable(record.provenance)
+        and rule.completed(other.config) == default
+        for other in beside
+    )
+
+
+def best(
+    records: Iterable[TuningRecord], device: str | None = None, revision: str | None = None
+) -> TuningRecord | None:
     """The record to use of one workload's: the fastest of the longest-measured round, or the default's unless beaten
     beyond noise.
 
     Only times that can be compared are: records of one device, number of threads and kernel revision. Of several such
-    sets one of `device` counts, else the newest whose search was finished. None where nothing was measured
-    successfully.
+    sets one of `device` counts, else one of `revision`, else the newest whose search was finished. None where nothing
+    was measured successfully.
     """
     timed = [record for record in records if record.status is Status.OK]
     if not timed:
         return None
-    newest = max(timed, key=lambda record: (record.provenance.device == device, record.rung > 0, record.date))
+
+    def preference(record: TuningRecord) -> tuple[bool, bool, bool, str]:
+        origin = record.provenance
+        return origin.device == device, origin.revision == revision, record.rung > 0, record.date
+
+    newest = max(timed, key=preference)
     peers = [record for record in timed if record.provenance.comparable(newest.provenance)]
     last = latest_rung(peers)
     winner = min(last, key=_median)

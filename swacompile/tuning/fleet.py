@@ -132,7 +132,7 @@ class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
         for _ in range(ATTEMPTS):
             self._open_session(worker)
             try:
-                request = {"do": "run", "job": job, "folder": str(self._bench.folder)}
+                request = {"do": "run", "job": job, "folder": str(self._bench.folder), "seconds": self._run_seconds}
                 result = worker.ask(request, seconds=self._run_seconds + 5)
             except WorkerFailed as error:
                 failed = error

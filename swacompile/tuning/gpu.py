@@ -23,9 +23,11 @@ FAR = 3
 model's keys and values are not in the cache either."""
 MOST_COPIES = 16
 MOST_LAUNCHES = 256
-WARM_UP_MS = 30.0
+WARM_UP_MS = 80.0
+"""Enough for clocks to fall to what the power limit allows."""
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _NON_BLOCKING, _RELAXED = 1, 2
+_HOST_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 _NAN_BYTE = 0xFF
 """Repeated, it is a NaN of every floating-point type."""
 
@@ -123,12 +125,15 @@ class GpuBench:
         self._inputs = inputs
         library = CudaLibrary(folder / job["library"], runtime=runtime)
         (self.kernel,) = library.kernels
-        self.device = library.check_device(0)
         self.launcher = _TorchlessLauncher(library, self.cuda)
-        self.stream = self.cuda.made("cudaStreamCreateWithFlags", _NON_BLOCKING)
+        with self.turn(alone=False):
+            self.device = library.check_device(0)
+            self.stream = self.cuda.made("cudaStreamCreateWithFlags", _NON_BLOCKING)
 
     def prepare(self, problem: Job) -> "GpuCall":
-        return GpuCall(self, problem, self._inputs(problem))
+        arrays = self._inputs(problem)
+        with self.turn(alone=False):
+            return GpuCall(self, problem, arrays)
 
     def turn(self, *, alone: bool) -> AbstractContextManager[None]:
         return turn(Path(self.lock), alone=alone) if self.lock is not None else nullcontext()
@@ -147,7 +152,7 @@ class GpuCall:
 
     def __init__(self, bench: GpuBench, problem: Job, arrays: dict[str, Array]) -> None:
         self._bench, self._problem = bench, problem
-        self._type = {"f16": "float16", "bf16": "bfloat16"}[problem["dtype"]]
+        self._type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[problem["dtype"]]
         shape = (problem["batch"], problem["heads"], problem["queries"], problem["value_size"])
         self._tensors = (
             *(self._sent(arrays[name], self._type) for name in ("query", "key", "value")),
@@ -163,24 +168,23 @@ class GpuCall:
             bench.cuda("cudaDeviceSynchronize")
             self._plan(self._tensors)()
             bench.cuda("cudaDeviceSynchronize")
-        return output.read(np.empty(output.shape, np.float16 if self._type == "float16" else np.uint16))
+            return output.read(np.empty(output.shape, _HOST_TYPES[self._type]))
 
     def time(self, samples: int, min_ms: float) -> list[float]:
         """Microseconds a call, `samples` times; a sample is a graph of launches, of at least `min_ms` milliseconds or
         MOST_LAUNCHES.
         """
         bench = self._bench
-        with bench.current_stream():
+        with bench.turn(alone=True), bench.current_stream():
             plans = [self._plan(self._tensors), *(self._plan(self._copied()) for _ in range(self._copies() - 1))]
             bench.cuda("cudaDeviceSynchronize")
-            with bench.turn(alone=True):
-                each_ms = self._replayed(self._graph(plans[:1] * 3)) / 3
-                count = min(MOST_LAUNCHES, math.ceil(min_ms / each_ms))
-                count = max(len(plans), count // len(plans) * len(plans))
-                graph = self._graph([plans[i % len(plans)] for i in range(count)])
-                for _ in range(1 + int(WARM_UP_MS / (each_ms * count))):
-                    self._replayed(graph)
-                return [self._replayed(graph) / count * 1e3 for _ in range(samples)]
+            each_ms = self._replayed(self._graph(plans[:1] * 3)) / 3
+            count = min(MOST_LAUNCHES, math.ceil(min_ms / each_ms))
+            count = max(len(plans), count // len(plans) * len(plans))
+            graph = self._graph([plans[i % len(plans)] for i in range(count)])
+            for _ in range(1 + int(WARM_UP_MS / (each_ms * count))):
+                self._replayed(graph)
+            return [self._replayed(graph) / count * 1e3 for _ in range(samples)]
 
     def _plan(self, tensors: tuple[Any, ...]) -> Plan:
         problem = self._problem
@@ -216,7 +220,8 @@ class GpuCall:
         problem, kernel = self._problem, self._bench.kernel.spec
         seen = min(problem["keys"], problem["left"] + problem["right"] + problem["queries"])
         columns = problem["heads"] * problem["queries"] + problem["kv_heads"] * seen
-        touched = 2 * problem["batch"] * columns * (kernel.head_size + kernel.value_size)
+        element = np.dtype(_HOST_TYPES[self._type]).itemsize
+        touched = element * problem["batch"] * columns * (kernel.head_size + kernel.value_size)
         return int(max(1, min(MOST_COPIES, math.ceil(FAR * self._bench.device.l2_bytes / touched))))
 
     def _copied(self) -> tuple[Any, ...]:

@@ -7,19 +7,28 @@ this one runs whatever it is sent, for anyone who reaches its port: use it on a 
 """
 
 import argparse
+import json
 import logging
 import os
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from swacompile.tuning import runner
+
+MEASURE = "swacompile.tuning.measure"
+"""The function of a session that runs a job, as JSON, in the session's folder."""
 
 log = logging.getLogger(__name__)
 
 
 def serve(host: str, tracker: tuple[str, int], key: str) -> None:
     """Register at a tracker and run sessions, one at a time. Never returns."""
+    import tvm_ffi
     from tvm.rpc import server
 
+    tvm_ffi.register_global_func(MEASURE, _measure, override=True)
     home = os.getcwd()
     while True:
         os.chdir(home)  # a session works in a folder of its own, and a crash leaves us there
@@ -32,6 +41,18 @@ def serve(host: str, tracker: tuple[str, int], key: str) -> None:
                 server._listen_loop(listener, port, key, tracker, None, host)
             except (RuntimeError, OSError) as error:
                 log.warning("a session failed: %s", error)
+
+
+def _measure(text: str) -> str:
+    """A job's result, measured in a process of its own. A GPU's kernels are launched from here: over RPC TVM has neither
+    tensor maps nor CUDA graphs.
+    """
+    import tvm_ffi
+
+    workpath = tvm_ffi.get_global_func("tvm.rpc.server.workpath")
+    job = json.loads(text)
+    folder = Path(str(workpath("")))
+    return json.dumps(runner.run_contained(job, folder, threads=job["threads"], seconds=job["seconds"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 TVM's client blocks where a server is gone, so it can be killed.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from swacompile.tuning import runner
+from swacompile.tuning.rpc_server import MEASURE
 from swacompile.tuning.worker import Document, serve
 
 
@@ -52,8 +54,10 @@ class Client:
         """
         start = time.monotonic()
         session, self._session = self._session, None
+        job, folder = request["job"] | {"seconds": request["seconds"]}, Path(request["folder"])
+        run = run_job if job["device"] == "cpu" else run_there
         try:
-            return run_job(session, request["job"], Path(request["folder"]))
+            return run(session, job, folder)
         except Exception as error:
             seconds = time.monotonic() - start
             text = str(error).strip().splitlines()
@@ -84,6 +88,17 @@ def run_job(session: Any, job: dict[str, Any], folder: Path) -> Document:
             )
             samples = [seconds * 1e6 for seconds in timer(*arguments).results]
     return {"status": "ok", "samples": samples, "message": ""}
+
+
+def run_there(session: Any, job: dict[str, Any], folder: Path) -> Document:
+    """Send a job with its files; the server measures it as a bundle's runner would."""
+    library = Path(job["library"])
+    names = [library.name, library.with_suffix(".json").name, *(problem["expected"] for problem in job["problems"])]
+    for name in names:
+        if (folder / name).exists():
+            session.upload(str(folder / name))
+    result: Document = json.loads(session.get_function(MEASURE)(json.dumps(job)))
+    return result
 
 
 def _send(array: Any, name: str, device: Any) -> Any:

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from swacompile.attention import Kind
+from swacompile.attention import Kind, ResidualKind
 from swacompile.index_expr import const_int
 from swacompile.passes.plan_rewrite import Replacement
 from swacompile.workload import DType, Feature, Workload
 
+_DTYPES = {dtype.long_name: dtype for dtype in DType}
 USUAL_LENGTH = 4096
 """Length that is tuned for where a model leaves it open."""
 
@@ -70,7 +71,11 @@ def workloads_of_model(model: Path, *, full: bool = False) -> tuple[Workload, ..
     from swacompile.passes.read_masks import read_masks
 
     reading = read_masks(pipeline.read(model).graph)
-    outcomes = plan_rewrite(reading, pipeline.find(reading), full=full)
+    findings = pipeline.find(reading)
+    if model.suffix == ".pt2":
+        outcomes = plan_rewrite(reading, findings, full=full, dtypes=tuple(_DTYPES), residuals=frozenset(ResidualKind))
+    else:
+        outcomes = plan_rewrite(reading, findings, full=full)
     return workloads_of(outcome for outcome in outcomes if isinstance(outcome, Replacement))
 
 
@@ -81,7 +86,7 @@ def _workloads(replacement: Replacement) -> Iterator[Workload]:
         if queries is not None and decode != (queries == 1):
             continue
         yield Workload.of(
-            dtype={"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}[site.dtype],
+            dtype=_DTYPES[site.dtype],
             head_size=site.head_size or 1,
             value_size=site.value_head_size or 1,
             group=site.heads // site.kv_heads,
@@ -105,6 +110,8 @@ def _features(replacement: Replacement) -> frozenset[Feature]:
         Feature.KEY_PADDING: replacement.key_padding is not None,
         Feature.SEGMENTS: replacement.segments is not None,
         Feature.SINKS: site.sinks is not None,
+        Feature.BIAS: replacement.bias is not None,
+        Feature.ALIBI: replacement.alibi_slopes is not None,
         Feature.SOFTCAP: bool(site.softcap),
         Feature.ZEROED: replacement.proof.kind is Kind.ZEROED,
     }

@@ -98,6 +98,11 @@ class TunableRule(Protocol):
     def space(self, workload: Workload, target: Target) -> Space:
         """What may be tried. Its `refusal` accepts the default."""
 
+    def completed(self, config: Config) -> Config | None:
+        """A Config of earlier kernel sources as one of today's: parameters that it lacks take the value under which the
+        kernel is as it was before them. None where that cannot be said.
+        """
+
     def function_name(self, workload: Workload, target: Target) -> str:
         """The function in a built library."""
 

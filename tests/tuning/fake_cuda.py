@@ -51,7 +51,7 @@ class FakeLibrary:
         return self._launch
 
     def _launch(self, query, key, value, output, lse, padding, segments, sinks, bias, slopes, value_sum, *numbers):
-        kv_heads, keys, left, right, offset, chunk, splits, heads_per_wave, blocks, scale, softcap = numbers
+        kv_heads, keys, left, right, offset, _chunk, splits, heads_per_wave, blocks, scale, softcap = numbers
         self.launched.append(query.data_ptr())
         assert (kv_heads, keys) == key.shape[1:3] and splits == 1 and heads_per_wave >= 1 and blocks >= 4
         call = Call(

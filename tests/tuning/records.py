@@ -1,10 +1,11 @@
 """Records for tests."""
 
 from swacompile.tuning.config import Config
+from swacompile.tuning.cpu_rule import CpuTilesRule
 from swacompile.tuning.record import Origin, Provenance, Status, TuningRecord
 from swacompile.workload import Workload
 
-HERE = Provenance(device="test device", threads=1, revision="r1", versions="swacompile 0")
+HERE = Provenance(device="test device", threads=1, revision=CpuTilesRule().revision(), versions="swacompile 0")
 BASE = (
     "cpu_tiles:queries=48,keys=96,score_keys=8,score_vectors=3,output_rows=4,output_vectors=4,row_keys=64,row_heads=4"
 )

@@ -13,7 +13,7 @@ import tvm_ffi
 
 from swacompile.errors import ArgumentError
 from swacompile.target import host_targets
-from swacompile.tuning import bundle
+from swacompile.tuning import bundle, runner
 from swacompile.tuning.database import Database, Level
 from swacompile.tuning.record import Status
 from swacompile.tuning.rules import rule_for
@@ -55,22 +55,25 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     with results.open("a") as file:
         file.write('{"schema": 1, "config": "__import__"}\n')
     database = Database(folders=(tmp_path / "records",))
-    assert bundle.take_in(results, database) == (count, 1)
+    finals = 1 + runner.FINALISTS
+    assert bundle.take_in(results, database) == (count + finals, 1)
     assert bundle.take_in(results, database) == (0, 1)
+    last = [record for record in database.records(host_targets()[0].name) if record.rung == bundle.EFFORT.rung + 1]
+    assert len(last) == finals and {record.samples for record in last} == {runner.ROUNDS * bundle.EFFORT.samples}
     kinds = {record.config.as_dict()["row_heads"]: record.status for record in database.records(host_targets()[0].name)}
     expected = {1: Status.OK, 2: Status.OK, 3: Status.WRONG, 4: Status.OK, 5: Status.CRASHED, 6: Status.HUNG}
     assert kinds == expected
     choice = database.choose(rule_for(WORKLOAD, bench.target), WORKLOAD, bench.target)
     assert choice.level is Level.EXACT and choice.record.provenance.device
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
-    assert "0 candidates measured" in again.stdout
+    assert "0 measurements" in again.stdout
 
 
 def test_another_format_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99, "jobs": []}))
-    runner = Path(bundle.runner.__file__)
-    done = subprocess.run([sys.executable, runner, tmp_path], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert done.returncode == 1 and "expected a bundle of format 1, found 99" in done.stderr
+    script = Path(runner.__file__)
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1 and "expected a bundle of format 2, found 99" in done.stderr
 
 
 def test_missing_results(tmp_path):

@@ -1,6 +1,6 @@
 """The CUDA kernels that a torch program calls: which there are, which there cannot be, and a library of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from swacompile.schedules.cuda.arch import CUDA_ARCHS, CudaArch
 from swacompile.schedules.cuda.choose import Shape
 from swacompile.schedules.cuda.spec import DTYPES, Features, KernelSpec
 from swacompile.target import Target
+from swacompile.tuning.kernel_choice import CudaKernelChoice, build_cuda_choices
 
 OPERATOR = "swacompile::banded_attention"
 LIBRARY_PREFIX = "libswacompile_cuda_"
@@ -68,19 +69,28 @@ def kernels_of(program: Program, arch: CudaArch) -> tuple[Kernel, ...]:
     return tuple(kernel for spec, shape in widest.items() for kernel in kernels_for(spec, arch, shape))
 
 
-def build_libraries(program: Program, targets: Sequence[Target], folder: Path) -> dict[Path, tuple[str, ...]]:
-    """One library an architecture, in `folder`, with the names of its kernels. Raises ToolchainError, ValueError."""
-    from swacompile.kernels.build_cuda import CudaBuildError, build_kernels
+def build_libraries(
+    program: Program,
+    targets: Sequence[Target],
+    folder: Path,
+    choose: Callable[[Sequence[Kernel], Target], tuple[CudaKernelChoice, ...]],
+) -> dict[Path, tuple[CudaKernelChoice, ...]]:
+    """One library an architecture, in `folder`, with its kernels as they were built. `choose` gives kernels their tiles, for the
+    first target of an architecture.
 
+    Raises ToolchainError, ValueError.
+    """
+    from swacompile.kernels.build_cuda import CudaBuildError
+
+    first = {target.cuda.arch: target for target in reversed(targets) if target.cuda is not None}
     libraries = {}
     for name in dict.fromkeys(target.cuda.arch for target in targets if target.cuda is not None):
-        arch, path = CUDA_ARCHS[name], folder / f"{LIBRARY_PREFIX}{name}.so"
-        kernels = kernels_of(program, arch)
+        path = folder / f"{LIBRARY_PREFIX}{name}.so"
+        choices = choose(kernels_of(program, CUDA_ARCHS[name]), first[name])
         try:
-            build_kernels(kernels, arch, path)
+            libraries[path] = build_cuda_choices(choices, first[name], path)
         except CudaBuildError as error:
             raise ToolchainError(str(error)) from error
-        libraries[path] = tuple(f"{kernel.spec.symbol}_{name}" for kernel in kernels)
     return libraries
 
 
