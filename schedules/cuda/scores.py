@@ -33,6 +33,7 @@ from swacompile.schedules.cuda.trace import (
     transpose_quad,
 )
 
+NO_SEGMENT = -(2**63)
 RESCALE_ABOVE = 8.0
 """The running maximum is replaced only when scores outgrow it by 2^8: float32 sums and 16-bit weights bear the
 factor, and most rescaling goes.
@@ -116,8 +117,11 @@ class Scores:
                 values[element + 2 * half] = T.Select(seen, values[element + 2 * half], f32(MINUS_INFINITY))
 
     def _segment_of(self, tile: Tile, rows: Rows, half: int) -> Any:
-        position = T.max(T.min(rows.position(half), self._sizes.keys - 1), 0)
-        return fixed(self._operands.segments[tile.batch, position], "int64")
+        """Of a query whose position is no key: one that no key has, because it sees nothing."""
+        position = fixed(rows.position(half))
+        inside = fixed(T.max(T.min(position, self._sizes.keys - 1), 0))
+        own = self._operands.segments[tile.batch, inside]
+        return fixed(T.Select(inside == position, own, T.int64(NO_SEGMENT)), "int64")
 
     def _hide_outside_band(self, values: Registers, tile: Tile, rows: Rows, key: Any, first: Any) -> None:
         sizes = self._sizes
