@@ -82,13 +82,14 @@ class CudaTilesRule:
         return config_of(kernel.config)
 
     def space(self, workload: Workload, target: Target) -> Space:
+        base = self.default(workload, target)
         axes = (_DECODE_AXES if Feature.DECODE in workload.features else _AXES)[self.name]
 
         def refusal(config: Config) -> str | None:
             return refuse(config, workload, target)
 
         return Space(
-            base=self.default(workload, target),
+            base=base,
             parameters=tuple(Parameter(name=name, values=values) for name, values in axes.items()),
             refusal=refusal,
         )

@@ -93,7 +93,7 @@ class Database:
         or the default.
 
         A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
-        device. Those that were measured with other sources of the kernel count where `_holds_still` says so.
+        device. One that was compared with another default than today's does not count.
         """
         space, revision = rule.space(workload, target), rule.revision()
 
@@ -102,11 +102,7 @@ class Database:
             return config is not None and space.refusal(config) is None
 
         for level, candidates in self._levels(workload, target):
-            trusted = [
-                record
-                for record in candidates
-                if record.provenance.revision == revision or _holds_still(record, candidates, rule, target)
-            ]
+            trusted = [record for record in candidates if _holds_still(record, candidates, rule, target, revision)]
             record = best(filter(usable, trusted), device, revision)
             config = rule.completed(record.config) if record is not None else None
             if record is not None and config is not None:
@@ -123,20 +119,24 @@ class Database:
         yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, workload))
 
 
-def _holds_still(record: TuningRecord, beside: Sequence[TuningRecord], rule: TunableRule, target: Target) -> bool:
-    """Whether a record of other kernel sources still counts: if it was compared with what is the default today. Where
-    the default is another by now, it is most likely better than what beat the old one.
+def _holds_still(
+    record: TuningRecord, beside: Sequence[TuningRecord], rule: TunableRule, target: Target, revision: str
+) -> bool:
+    """Whether a record still counts: if it was compared with what is the default today, or was measured with the kernel
+    sources of today and not compared. Where the default is another by now, it is most likely better than what beat the old one.
     """
     if not rule.applies(record.workload, target):
         return False
-    default = rule.default(record.workload, target)
-    return any(
-        other.origin is Origin.DEFAULT
+    compared = {
+        rule.completed(other.config)
+        for other in beside
+        if other.origin is Origin.DEFAULT
         and other.workload == record.workload
         and other.provenance.comparable(record.provenance)
-        and rule.completed(other.config) == default
-        for other in beside
-    )
+    }
+    if not compared:
+        return record.provenance.revision == revision
+    return rule.default(record.workload, target) in compared
 
 
 def best(

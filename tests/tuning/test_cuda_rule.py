@@ -52,7 +52,9 @@ def test_families_follow_the_architecture():
     ],
 )
 def test_what_cannot_be_built_is_refused(changes, reason):
-    base = config_of(WgmmaConfig(keys_per_tile=64, consumers=3, key_stages=3, value_stages=3, pack=4, stage_output=True))
+    base = config_of(
+        WgmmaConfig(keys_per_tile=64, consumers=3, key_stages=3, value_stages=3, pack=4, stage_output=True)
+    )
     assert refuse(base, PLAIN, H100) is None
     assert reason in refuse(base.replaced(changes), PLAIN, H100)
 
