@@ -21,7 +21,7 @@ from swacompile.tuning.database import Database, best
 from swacompile.tuning.record import Status, TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.tuning.search import Limits
-from swacompile.tuning.tune import Tuned, default_of
+from swacompile.tuning.tune import Tuned, default_of, tuned_elsewhere
 from swacompile.tuning.turns import DEFAULT_LOCK
 from swacompile.workload import Workload
 
@@ -80,7 +80,9 @@ def tune(
     lock: Annotated[
         Path, typer.Option(help="Tuners that share this file take turns: builds hold its lock shared, timing alone.")
     ] = DEFAULT_LOCK,
-    chart: Annotated[Path | None, typer.Option(help="Write an HTML page with charts of the search.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with charts of the search, or of imported results.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the space and an estimate; build and measure nothing.")
     ] = False,
@@ -92,7 +94,7 @@ def tune(
     """
     database = Database(folders=(records_folder(folder),))
     if import_results is not None:
-        _import(import_results, database)
+        _import(import_results, database, chart)
         return
     target = target_named(target_name) if target_name else host_targets()[0]
     workloads = tuple(dict.fromkeys(w for text in what or () for w in _workloads(text)))
@@ -206,11 +208,15 @@ def _export(workloads: Sequence[Workload], target: Target, limits: Limits, tar: 
     )
 
 
-def _import(results: Path, database: Database) -> None:
+def _import(results: Path, database: Database, chart: Path | None) -> None:
     from swacompile.tuning.bundle import take_in
 
     added, bad = take_in(results, database)
     out.print(f"{results}: {added} new records" + (f", {bad} bad lines skipped" if bad else ""))
+    if chart is not None:
+        from swacompile.tuning.chart import page
+
+        chart.write_text(page([tuned_elsewhere(group) for group in _groups(store.read(results).records)]))
 
 
 def _workloads(text: str) -> tuple[Workload, ...]:

@@ -46,7 +46,8 @@ def _bar(row: int, name: str, gain: float) -> str:
 
 def _search(tuned: Tuned) -> str:
     """Time of each candidate in the order of measuring (logarithmic), with the best so far as a line."""
-    screened = [record for record in tuned.records if record.rung == 0]
+    first = min((record.rung for record in tuned.records), default=0)
+    screened = [record for record in tuned.records if record.rung == first]
     times = [record.median_us for record in screened if record.median_us is not None]
     title = f"<h2>{html.escape(str(tuned.workload))}</h2><p>{html.escape(str(tuned.choice))}</p>"
     if not times:

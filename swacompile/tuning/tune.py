@@ -1,7 +1,7 @@
 """Tune workloads: search, record every outcome at once, and say what was gained."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from swacompile.tuning.database import Choice, Database, Level, best, comparable, latest_rung
@@ -74,6 +74,21 @@ def tuned_so_far(workload: Workload, measurer: Measurer, database: Database, *, 
         default=default_of(records),
         records=tuple(records),
         interrupted=interrupted,
+    )
+
+
+def tuned_elsewhere(records: Sequence[TuningRecord]) -> Tuned:
+    """What records of one workload, device and kernel revision say, as a bundle's runner wrote them: at least one."""
+    chosen = best(records)
+    config = (chosen or default_of(list(records)) or records[0]).config
+    level = Level.DEFAULT if chosen is None else Level.EXACT
+    choice = Choice(workload=records[0].workload, config=config, level=level, record=chosen)
+    return Tuned(
+        workload=choice.workload,
+        choice=choice,
+        default=default_of(list(records)),
+        records=tuple(records),
+        interrupted=False,
     )
 
 
