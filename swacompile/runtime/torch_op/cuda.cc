@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <iterator>
+#include <memory>
 
 #include "cuda_kernels.h"
 #include "op.h"
@@ -33,6 +36,12 @@ DLDataType dl_type(at::ScalarType type) {
   }
 }
 
+// Where a tensor lies. Words only, compared as they lie in memory.
+struct Place {
+  void* data = nullptr;
+  int64_t sizes[4] = {}, strides[4] = {};
+};
+
 // A tensor as TVM's functions take it.
 class View {
  public:
@@ -42,23 +51,24 @@ class View {
 
   void show(at::Tensor tensor, int gpu_index) {
     kept_ = std::move(tensor);
-    std::copy(kept_.sizes().begin(), kept_.sizes().end(), sizes_);
-    std::copy(kept_.strides().begin(), kept_.strides().end(), strides_);
+    place_.data = kept_.data_ptr();
+    std::copy(kept_.sizes().begin(), kept_.sizes().end(), place_.sizes);
+    std::copy(kept_.strides().begin(), kept_.strides().end(), place_.strides);
     const int rank = static_cast<int>(kept_.dim());
     // torch leaves the strides of axes of one element open; a tensor map needs multiples of 16 bytes there, too.
     for (int axis = 0; axis < rank; ++axis) {
-      if (sizes_[axis] == 1) strides_[axis] = axis == rank - 1 ? 1 : sizes_[rank - 1];
+      if (place_.sizes[axis] == 1) place_.strides[axis] = axis == rank - 1 ? 1 : place_.sizes[rank - 1];
     }
-    view_ = {kept_.data_ptr(), {kDLCUDA, gpu_index}, rank, dl_type(kept_.scalar_type()), sizes_, strides_, 0};
+    view_ = {place_.data, {kDLCUDA, gpu_index}, rank, dl_type(kept_.scalar_type()), place_.sizes, place_.strides, 0};
   }
 
   DLTensor* get() { return kept_.defined() ? &view_ : nullptr; }
-  const at::Tensor& tensor() const { return kept_; }
+  const Place& place() const { return place_; }
 
  private:
   at::Tensor kept_;
   DLTensor view_{};
-  int64_t sizes_[4] = {}, strides_[4] = {};
+  Place place_;
 };
 
 // The arguments of one call of a TVM function.
@@ -82,6 +92,46 @@ class Arguments {
 
   TVMFFIAny values_[most_arguments] = {};
   int32_t count_ = 0;
+};
+
+// The tensor maps of one thread's recent calls: encoding them takes longer than the launch, and tensors come again.
+class TensorMaps {
+ public:
+  // The four maps of a kernel for query, key, value and output, 128 bytes each.
+  static char* of(const CudaKernel& kernel, View* (&views)[4]) {
+    static thread_local std::unique_ptr<Slot[]> slots;
+    if (slots == nullptr) slots = std::make_unique<Slot[]>(slot_count);
+    const Key key{&kernel, {views[0]->place(), views[1]->place(), views[2]->place(), views[3]->place()}};
+    Slot& slot = slots[hash(key) % slot_count];
+    if (std::memcmp(&slot.key, &key, sizeof key) != 0) {
+      slot.key.kernel = nullptr;  // where encoding fails, nothing is kept
+      Arguments arguments;
+      for (View* view : views) arguments.tensor(*view);
+      for (size_t i = 0; i < std::size(views); ++i) arguments.pointer(slot.maps + i * map_bytes);
+      arguments.call(kernel.describe);
+      slot.key = key;
+    }
+    return slot.maps;
+  }
+
+ private:
+  static constexpr size_t slot_count = 128;
+  struct Key {
+    const CudaKernel* kernel = nullptr;
+    Place places[4];
+  };
+  static_assert(sizeof(Key) % sizeof(uint64_t) == 0);
+  struct Slot {
+    Key key;
+    alignas(64) char maps[4 * map_bytes];  // the driver asks for 64
+  };
+
+  static uint64_t hash(const Key& key) {
+    uint64_t words[sizeof key / sizeof(uint64_t)], mixed = 0;
+    std::memcpy(words, &key, sizeof key);
+    for (const uint64_t word : words) mixed = (mixed ^ word) * 0x9E3779B97F4A7C15u;
+    return mixed >> 32;
+  }
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -187,13 +237,10 @@ class Launch {
 
   void launch(View& target) {
     Arguments arguments;
-    alignas(64) char maps[4][map_bytes];
     if (kernel_->describe != nullptr) {
-      Arguments described;
-      described.tensor(query_).tensor(key_).tensor(value_).tensor(output_);
-      for (char* map : maps) described.pointer(map);
-      described.call(kernel_->describe);
-      for (char* map : maps) arguments.pointer(map);
+      View* mapped[] = {&query_, &key_, &value_, &output_};
+      char* maps = TensorMaps::of(*kernel_, mapped);
+      for (size_t i = 0; i < std::size(mapped); ++i) arguments.pointer(maps + i * map_bytes);
     } else {
       arguments.tensor(query_).tensor(key_).tensor(value_);
     }
