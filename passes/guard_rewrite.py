@@ -59,7 +59,10 @@ class _OtherReadings:
         batch, keys = (self.reading.sizes.resolve(axis.args[0]) for axis in (plan.site.axes.batch, plan.site.axes.key))
         # An axis that differs by what the model itself says needs no condition, but the same treatment.
         expands = guards.expands or any(shape[0] == ONE != batch for shape in shapes)
-        cuts = any(_plain(shape[1]) != _plain(keys) for shape in shapes)
+        cuts = any(
+            (shape[0] != ONE and _plain(shape[0]) != _plain(batch)) or _plain(shape[1]) != _plain(keys)
+            for shape in shapes
+        )
         return replace(plan, guards=replace(guards, expands=expands or cuts, cuts=cuts))
 
     def _guards(self, reading: Reading, plan: Replacement, one: frozenset[Extent] = frozenset()) -> Guards:

@@ -35,6 +35,7 @@ from swacompile.index_expr import (
 )
 from swacompile.passes.index_tensor import IndexTensor, equality_text
 from swacompile.passes.read_masks import Reading
+from swacompile.passes.smt import is_valid
 
 
 class Role(Enum):
@@ -85,7 +86,7 @@ class Guard:
 class Guards:
     """Conditions under which a replacement is right; `extents` holds what their symbols stand for.
 
-    `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's. `cuts`: they may be longer.
+    `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's. `cuts`: they may have more.
     """
 
     conditions: tuple[Guard, ...] = ()
@@ -112,7 +113,7 @@ def guards_of(
         sizes.bind(extent, expected)
     guards = [
         *(guard for extent, expected in places if (guard := sizes.guard(extent, expected, trusted, extent in one))),
-        *sizes.unsolved(),
+        *(guard for guard in sizes.unsolved() if not is_valid(guard.condition)),
         *_limits(sizes, proof),
     ]
     by_condition = {guard.condition: guard for guard in guards}
@@ -290,7 +291,7 @@ class _Walk:
             self.site.query.value,
             self.site.key.value,
             self.site.value.value,
-            *_products(graph, logits),
+            *_made_of(graph, _products(graph, logits)),
         }
 
     def _above(self, value: str, wanted: _Symbols | None) -> list[tuple[str, _Symbols | None]]:
@@ -332,6 +333,20 @@ class _Walk:
         for name in self.reading.graph.inputs:
             if any(symbols & set(walk(extent)) for extent in self.reading.extents(name) or ()):
                 yield name, symbols
+
+
+def _made_of(graph: Graph, products: set[str]) -> Iterator[str]:
+    """The products, and what is computed of them on the way to the softmax without a formula: the largest score of a row."""
+    frontier, seen = list(products), set(products)
+    while frontier:
+        value = frontier.pop()
+        for user in graph.users.get(value, ()):
+            if user.op != "softmax" and user.outputs[0] not in seen:
+                seen.add(user.outputs[0])
+                frontier.append(user.outputs[0])
+            if user.op == "reduce_max":
+                yield user.outputs[0]
+    yield from products
 
 
 def node_of(graph: Graph, site: Attention) -> Node:

@@ -51,20 +51,14 @@ class OnnxGuards:
         ]  # fmt: skip
 
     def per_key(self, before: ir.Node, replacement: Replacement, values: list[ir.Value], operand: ir.Value) -> ir.Value:
-        """An operand of (1 or batch, keys or more) as (batch, keys); `values` are query, key and value."""
+        """An operand as (batch, keys) that has a batch of 1, or more than that of one; `values` are query, key and value."""
         if not replacement.guards.expands:
             return operand
         checked = self._checked(before, replacement, values)
+        name, shape = f"{operand.name}_{checked.batch.name}", self._shape(before, (checked.batch, checked.keys))
         if replacement.guards.cuts:
-            first, keys = (
-                self.splicer.constant(np.asarray([0]), "size_0"),
-                self.splicer.constant(np.asarray([1]), "size_1"),
-            )
-            operand = self.splicer.once(
-                before, f"{operand.name}_{checked.keys.name}", "Slice", [operand, first, checked.keys, keys]
-            )
-        name = f"{operand.name}_{checked.batch.name}"
-        shape = self._shape(before, (checked.batch, checked.keys))
+            first = self.splicer.constant(np.asarray([0, 0]), "first_of_two")
+            operand = self.splicer.once(before, name, "Slice", [operand, first, shape])
         return self.splicer.once(before, name, "Expand", [operand, shape])
 
     def _checked(self, before: ir.Node, replacement: Replacement, values: list[ir.Value]) -> Checked:

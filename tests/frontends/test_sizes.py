@@ -17,6 +17,7 @@ import pytest
 from swacompile import pipeline
 from swacompile.passes.guards import Guards
 from tests import models
+from tests.conftest import Library
 from tests.passes.masks import MaskModel
 from tests.tolerances import MODEL_ATOL
 
@@ -185,7 +186,7 @@ def rewritten(case: Sized, folder: Path, emit: pipeline.Emit = pipeline.Emit.BAN
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_never_another_result(name: str, tmp_path: Path, cpu_library) -> None:
+def test_never_another_result(name: str, tmp_path: Path, cpu_library: Library) -> None:
     case = MODELS[name]
     path, out = rewritten(case, tmp_path)
     source, portable, fast = session(path), session(out), session(out, cpu_library.path)
