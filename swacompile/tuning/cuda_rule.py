@@ -28,6 +28,9 @@ _AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "pack": (1, 2, 4, 8, 16),
         "blocks_per_sm": (1, 2, 3),
         "pingpong": (0, 1),
+        "overlap": (0, 1),
+        "query_steps": (0, 2, 4, 6, 8),
+        "tail_keys": (0, 32, 64),
         "stage_output": (0, 1),
     },
     "mma": {
@@ -61,8 +64,11 @@ _SPARE_REGISTERS = 24
 _RESERVED_SHARED = 1024
 """Bytes that the driver takes of each thread block's shared memory (CUDA C++ programming guide)."""
 _SOURCES = Path(__file__).parents[1] / "schedules" / "cuda"
-_NOT_KERNELS = ("arch.py", "choose.py")
-"""Which kernel is chosen, not what it does: times stay comparable when these change."""
+_NOT_KERNELS = {
+    "wgmma": ("arch.py", "choose.py", "mma.py", "fragments.py"),
+    "mma": ("arch.py", "choose.py", "wgmma.py"),
+}
+"""Files that say which kernel is chosen, or are another family's: times stay comparable when these change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +96,7 @@ class CudaTilesRule:
 
         return Space(
             base=base,
-            parameters=tuple(Parameter(name=name, values=values) for name, values in axes.items()),
+            parameters=tuple(Parameter(name=name, values=axes[name]) for name, _ in base.values if name in axes),
             refusal=refusal,
         )
 
@@ -122,7 +128,7 @@ class CudaTilesRule:
     def revision(self) -> str:
         digest = hashlib.sha256()
         for path in sorted(_SOURCES.glob("*.py")):
-            if path.name not in _NOT_KERNELS:
+            if path.name not in _NOT_KERNELS[self.name]:
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:12]
 
@@ -191,20 +197,24 @@ def refuse(config: Config, workload: Workload, target: Target) -> str | None:
     needed, available = _registers(cuda, spec, limits)
     if needed > available:
         return f"a thread needs {needed} registers or more, it has {available}"
-    if isinstance(cuda, WgmmaConfig) and not cuda.pingpong and cuda.consumers != 2:
-        return "turns are taken by two consumers: the same kernel as with pingpong=1"
+    if isinstance(cuda, WgmmaConfig) and not cuda.pingpong and cuda.consumers == 1:
+        return "a single consumer takes no turns: the same kernel as with pingpong=1"
+    if config.as_dict().get("query_steps", 0) > spec.head_size // 16:
+        return f"a query has {spec.head_size // 16} steps of sixteen columns"
     return None
 
 
 def _registers(cuda: CudaConfig, spec: KernelSpec, limits: CudaLimits) -> tuple[int, int]:
     """Fewest registers that a thread with accumulators can do with, and those that it has.
 
-    Scores and outputs are float32, and the weights are there as 16-bit operands beside the scores.
+    Scores and outputs are float32. The weights are there as 16-bit operands beside the next tile's scores, if products
+    and softmax overlap.
     """
     columns = cuda.keys_per_tile + spec.value_size
     if isinstance(cuda, WgmmaConfig):
-        needed = columns // 2 + cuda.keys_per_tile // 4 + _SPARE_REGISTERS
-        return needed, cuda.registers[1]
+        values = asdict(cuda)
+        weights = cuda.keys_per_tile // 4 if values.get("overlap", True) else 0
+        return columns // 2 + weights + 4 * values.get("query_steps", 0) + _SPARE_REGISTERS, cuda.registers[1]
     needed = cuda.row_blocks * columns // 2 + _SPARE_REGISTERS
     return needed, min(limits.registers_per_sm // (cuda.threads * cuda.blocks_per_sm), 255)
 

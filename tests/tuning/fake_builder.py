@@ -18,7 +18,7 @@ def answer(request):
     kind, library = KINDS[values["row_heads"]], Path(request["library"])
     if values["row_keys"] == 16 and kind == "good":
         os.kill(os.getpid(), 11)
-    if values["row_keys"] == 32 and kind == "good":
+    if values["row_keys"] == 512 and kind == "good":
         time.sleep(1000)
     if kind == "unbuildable":
         return {"message": "ValueError: no such tile"}

@@ -15,7 +15,7 @@ from swacompile.errors import ArgumentError
 from swacompile.target import host_targets
 from swacompile.tuning import bundle, runner
 from swacompile.tuning.database import Database, Level
-from swacompile.tuning.record import Status
+from swacompile.tuning.record import Origin, Status
 from swacompile.tuning.rules import rule_for
 from tests.tuning.conftest import WORKLOAD
 
@@ -42,7 +42,11 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     assert (
         subprocess.run([bare_python, "-c", check], capture_output=True, text=True, cwd=tmp_path).stdout == "None None\n"
     )
-    picked = [c for c in bundle.pick(WORKLOAD, bench, trials=40) if c.config.as_dict()["row_keys"] in (64, 128)]
+    picked = [
+        candidate
+        for candidate in bundle.pick(WORKLOAD, bench, trials=40)
+        if candidate.origin is Origin.DEFAULT or candidate.config.as_dict()["row_keys"] in (64, 128)
+    ]
     tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
     count = bundle.export(picked, bench, tar)
     assert count == sum(c.config.as_dict()["row_heads"] != 8 for c in picked) >= 8

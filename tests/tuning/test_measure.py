@@ -31,7 +31,7 @@ def test_every_failure_is_contained(bench):
         candidate(row_heads=6, row_keys=64): Status.HUNG,
         candidate(row_heads=8, row_keys=64): Status.BUILD_FAILED,
         candidate(row_heads=1, row_keys=16): Status.BUILD_FAILED,
-        candidate(row_heads=1, row_keys=32): Status.BUILD_FAILED,
+        candidate(row_heads=1, row_keys=512): Status.BUILD_FAILED,
         candidate(row_heads=1, row_keys=64): Status.OK,
     }
     measurer = LocalMeasurer(bench, run_seconds=4)
