@@ -117,7 +117,17 @@ class _Worker:
         self._set_row(batch, first, last, query, i64(1))
 
     def _run_tile(self, job: Expr) -> None:
-        """Jobs in the order batch, key/value head, tile, query head: heads of a group share their keys while these are in the cache."""
+        problem, tiles = self._problem, self._tiles
+        batch, head, tile = self._tile_of(job)
+        last = _tile_jobs(problem, tiles) - 1
+        self._tile_path.emit(batch, head, tile, self._tile_of(minimum(job + 1, last)))
+        query0 = let(tile * tiles.queries)
+        rows = minimum(i64(tiles.queries), problem.queries - query0)
+        self._set_row(batch, head, head, query0, select(self._tile_path.is_finite(), i64(0), rows))
+
+    def _tile_of(self, job: Expr) -> tuple[Expr, Expr, Expr]:
+        """Batch, head and tile. Jobs are in the order batch, key/value head, tile, query head: heads of a group share their keys while
+        these are in the cache."""
         problem, tiles = self._problem, self._tiles
         count = _tile_count(problem, tiles)
         rest = let(tirx.truncdiv(job, problem.group))
@@ -126,11 +136,7 @@ class _Worker:
         tile = self._fold(let(rest - pair * count), count)
         batch = let(tirx.truncdiv(pair, problem.kv_heads))
         kv_head = let(pair - batch * problem.kv_heads)
-        head = let(kv_head * problem.group + in_group)
-        self._tile_path.emit(batch, head, tile)
-        query0 = let(tile * tiles.queries)
-        rows = minimum(i64(tiles.queries), problem.queries - query0)
-        self._set_row(batch, head, head, query0, select(self._tile_path.is_finite(), i64(0), rows))
+        return batch, let(kv_head * problem.group + in_group), tile
 
     def _fold(self, tile: Expr, count: Expr) -> Expr:
         """Where tiles cost unequal shares (a side of the band reaches far), take them from both ends in turn: equal runs then cost the same."""

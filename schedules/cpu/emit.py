@@ -17,6 +17,7 @@ Expr = Any
 Buffer = Any
 
 MINUS_INFINITY = float("-inf")
+CACHE_LINE = 64
 
 
 def f32(value: float) -> Expr:
@@ -150,10 +151,12 @@ class Registers:
         store(self._buffer, value, index * self._lanes, lanes=self._lanes)
 
 
-def prefetch(buffer: Buffer, *index: Expr) -> None:
-    """Ask for the cache line of an element. The element need not exist."""
-    hints = [tirx.const(value, "int32") for value in (0, 3, 1)]  # to read, first level, data
-    builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[index]), *hints))
+def prefetch_row(buffer: Buffer, *index: Expr, columns: int, element_bytes: int, level: int) -> None:
+    """Ask for the cache lines of a row, into the first or second level. The row need not exist."""
+    hints = [tirx.const(value, "int32") for value in (0, 4 - level, 1)]  # to read, level, data
+    for column in range(0, columns, CACHE_LINE // element_bytes):
+        address = tirx.address_of(buffer[(*index, i64(column))])
+        builder.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *hints))
 
 
 def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:

@@ -27,7 +27,7 @@ from swacompile.schedules.cpu.emit import (
     load,
     maximum,
     minimum,
-    prefetch,
+    prefetch_row,
     scratch,
     select,
     splat,
@@ -38,7 +38,6 @@ from swacompile.schedules.cpu.problem import Problem
 from swacompile.schedules.cpu.tiles import Tiles, split_columns
 from swacompile.schedules.cpu.vector_math import LOG2_E, exp2, reduce_lanes, sum_each, sum_lanes, tanh
 
-CACHE_LINE = 64
 Piece = tuple[int, int]
 
 
@@ -158,8 +157,8 @@ class RowPath:
 
     def _prefetch(self, operand: Buffer, key: Expr, columns: int) -> None:
         """A key's row: the products alternate between keys and values in blocks too short for the processor to foresee."""
-        for column in range(0, columns, CACHE_LINE // self._problem.elements.dtype.bytes):
-            prefetch(operand, self._batch, self._kv_head, key, i64(column))
+        size = self._problem.elements.dtype.bytes
+        prefetch_row(operand, self._batch, self._kv_head, key, columns=columns, element_bytes=size, level=1)
 
     def _dots(self, key: list[Expr], pieces: list[Piece]) -> list[Expr]:
         """A key's product with each head's query."""

@@ -29,6 +29,7 @@ from swacompile.schedules.cpu.emit import (
     load,
     maximum,
     minimum,
+    prefetch_row,
     scratch,
     select,
     shuffle,
@@ -107,9 +108,10 @@ class TilePath:
         self._memory = memory
         self._value_sum = value_sum
 
-    def emit(self, batch: Expr, head: Expr, tile: Expr) -> None:
-        """Compute the tile. Afterwards `suspect` holds a NaN if an output is not finite."""
+    def emit(self, batch: Expr, head: Expr, tile: Expr, following: tuple[Expr, Expr, Expr]) -> None:
+        """Compute the tile. Afterwards `suspect` holds a NaN if an output is not finite. `following` is the next tile, for its operands."""
         problem, tiles = self._problem, self._tiles
+        self._plan_prefetch(*following)
         self._batch, self._head = batch, head
         self._kv_head = let(tirx.truncdiv(head, problem.group))
         self._query0 = let(tile * tiles.queries)
@@ -119,6 +121,34 @@ class TilePath:
         self._find_bounds()
         self._start_softmax()
         self._emit_key_tiles()
+
+    def _plan_prefetch(self, batch: Expr, head: Expr, tile: Expr) -> None:
+        """Tiles meet their operands' rows in runs too short for the processor to foresee."""
+        problem, tiles = self._problem, self._tiles
+        query0 = let(tile * tiles.queries)
+        stop = minimum(query0 + tiles.queries + problem.offset + problem.right, problem.keys)
+        self._next_query = (batch, head, query0)
+        self._next_key = (batch, let(tirx.truncdiv(head, problem.group)), let(stop - tiles.queries))
+
+    def _prefetch_next_keys(self, key: Expr) -> None:
+        """During each block of keys an even share of the keys and values that the next tile adds."""
+        problem, tiles = self._problem, self._tiles
+        batch, kv_head, first = self._next_key
+        blocks = maximum(ceil_div(self._stop_key - self._first_key, i64(tiles.score_keys)), i64(1))
+        share = ceil_div(i64(tiles.queries), blocks)
+        start = let(tirx.truncdiv(key - self._first_key, i64(tiles.score_keys)) * share)
+        with for_range(start, minimum(start + share, i64(tiles.queries))) as row:
+            for operand, columns in ((problem.key, problem.head_size), (problem.value, problem.value_size)):
+                self._prefetch(operand, batch, kv_head, first + row, columns)
+
+    def _prefetch_next_queries(self, row0: Expr) -> None:
+        batch, head, first = self._next_query
+        for i in range(self._tiles.output_rows):
+            self._prefetch(self._problem.query, batch, head, first + row0 + i, self._problem.head_size)
+
+    def _prefetch(self, operand: Buffer, batch: Expr, head: Expr, row: Expr, columns: int) -> None:
+        size = self._problem.elements.dtype.bytes
+        prefetch_row(operand, batch, head, row, columns=columns, element_bytes=size, level=2)
 
     def _pack_queries(self) -> None:
         """Queries transposed, scaled to units of log2: packed[d, query]. Rows past the end repeat the last one."""
@@ -225,6 +255,7 @@ class TilePath:
         with for_range(0, ceil_div(self._key_count, i64(tiles.score_keys))) as block:
             row = let(block * tiles.score_keys)
             key = let(self._key0 + row)
+            self._prefetch_next_keys(key)
             if self._memory.converted is not None:
                 self._convert_keys(row)
             with for_range(0, ceil_div(self._vectors, i64(width))) as group:
@@ -465,6 +496,9 @@ class TilePath:
     def _output_block(self, row0: Expr, group: tuple[Piece, ...]) -> None:
         """output_rows queries x one group of columns, over the keys that any of these queries sees."""
         rows = self._tiles.output_rows
+        if group[0][0] == 0:
+            with when(self._is_last):
+                self._prefetch_next_queries(row0)
         pieces = [Registers(rows, lanes) for _, lanes in group]
         either(self._is_first, lambda: self._clear(pieces), lambda: self._reload(pieces, row0, group))
         start, stop = self._key_range(row0, row0 + (rows - 1))

@@ -107,6 +107,24 @@ def test_queries_beside_the_keys(kernels: Callable[..., Run], offset: int) -> No
     assert (output[:, :, unseen] == 0).all()
 
 
+@pytest.mark.parametrize("queries", [61, 1])
+def test_views_into_one_buffer(kernels: Callable[..., Run], queries: int) -> None:
+    """Query, key and value cut out of one projection's result, the output into every other row of a larger buffer: nothing is copied."""
+    length, heads, size = 61, 3, 64
+    fused = np.random.default_rng(5).standard_normal((2, length, heads, 4 * size)).astype(np.float32)
+    fused[..., 3 * size :] = np.nan
+    query, key, value = (fused[..., i * size : (i + 1) * size].transpose(0, 2, 1, 3) for i in range(3))
+    offset = length - queries
+    call = Call(query=query[:, :, offset:], key=key, value=value, left=9, right=0, offset=offset, scale=0.4)
+    buffer = np.full((2, heads, 2 * queries, size + 8), -7, dtype=np.float32)
+    target, variant = host_targets()[0], KernelVariant(dtype=DType.F32, head_size=size, value_size=size)
+    module = build_cpu_module([variant], target)
+    output = buffer[:, :, ::2, :size]
+    assert cpu_call.run(module, variant, target, call, output) is output
+    np.testing.assert_allclose(output, banded_attention(call), rtol=0, atol=KERNEL_ATOL[DType.F32])
+    assert (buffer[:, :, 1::2] == -7).all() and (buffer[..., size:] == -7).all()
+
+
 PAIRS = (
     ("key_padding", "segments"),
     ("softcap", "alibi_slopes"),
