@@ -216,7 +216,7 @@ def _prove_formula(
     bands = [] if data else [_with_labels(band, residuals) for band in candidate_bands(rest, axes)]
     factors = and_(*(residual.condition for residual in residuals))
     try:
-        for band in bands:
+        for band in bands or [BandMask(left=None, right=None)]:  # a bound may lie beyond all lengths
             held = _holds(visible, and_(claim_of(band, axes), factors), axes)
             if held is not None:
                 kind = Kind.FULL if band.is_full else Kind.SLIDING

@@ -171,6 +171,16 @@ def test_seen_from_the_last_query() -> None:
     assert (proof.mask, proof.valid_for) == (BandMask(left=3, right=0, alignment=Alignment.BOTTOM_RIGHT), ())
 
 
+def test_a_bound_beyond_all_lengths_is_none() -> None:
+    body = "ends = Add(S, T) place = Add(q, ends) back = Sub(place, k) seen = Less(back, far)"
+    proof = verdict_on(model(body, constants={"int64 far": "1099511627776"}))
+    assert isinstance(proof, BandProof)
+    assert (proof.kind, proof.mask.left, proof.mask.right) == (Kind.FULL, None, None)
+    assert proof.valid_for == ()
+    bounded = verdict_on(model(body, constants={"int64 far": "2147483647"}))
+    assert isinstance(bounded, Refutation) and bounded.witness is not None
+
+
 def test_an_empty_cache_counts() -> None:
     """A size that is no axis of the attention may be 0: what differs only there is seen."""
     body = (
