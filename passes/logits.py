@@ -3,10 +3,24 @@
 from dataclasses import dataclass, replace
 from math import inf, isnan
 
-from swacompile.graph import EXP_UNDERFLOW, LOWEST
-from swacompile.index_expr import FALSE, TRUE, Expr, Op, and_, const_real, not_, real, real_mul, walk
+from swacompile.graph import EXP_UNDERFLOW, LARGEST_SCORE, LOWEST
+from swacompile.index_expr import (
+    FALSE,
+    TRUE,
+    Expr,
+    Op,
+    and_,
+    const_real,
+    ite,
+    not_,
+    real,
+    real_mul,
+    substitute,
+    walk,
+)
 
 MAX_CASES = 64
+HUGE = 1e30  # A larger number is there to hide scores, not to shift them.
 
 
 class UnreadableLogits(Exception):
@@ -35,10 +49,11 @@ class Logit:
     def hides(self, scores_dtype: str, weights_dtype: str) -> bool:
         """Whether the weight is exactly zero beside a visible score.
 
-        The constant is -inf or the lowest number of the scores' data type (sums of such included), or is further below the largest
-        score than the softmax's exp can resolve, where a softcap bounds the scores.
+        The constant is -inf, the lowest number of the scores' data type (sums of such included) or one that no score comes near; or it is
+        further below the largest score than the softmax's exp can resolve, where a softcap bounds the scores.
         """
-        if self.constant <= 0.99 * LOWEST.get(scores_dtype, -inf):
+        largest = LARGEST_SCORE.get(scores_dtype)
+        if self.constant <= (0.99 * LOWEST.get(scores_dtype, -inf) if largest is None else -3 * largest):
             return True
         if self.outer is None or self.terms:
             return False
@@ -73,6 +88,8 @@ def _cases(expr: Expr, score: str) -> list[Case]:
             return _guarded(condition, _cases(then, score)) + _guarded(not_(condition), _cases(otherwise, score))
         case Op.REAL_ADD:
             return _paired(expr, score, _sum)
+        case Op.REAL_MUL if (choice := _choice(expr)) is not None:
+            return _cases(choice, score)
         case Op.REAL_MUL:
             return _paired(expr, score, _product)
         case Op.REAL_DIV if divisor := const_real(expr.args[1]):
@@ -82,6 +99,18 @@ def _cases(expr: Expr, score: str) -> list[Case]:
     if any(node.op is Op.APPLY and node.name == score for node in walk(expr)):
         raise UnreadableLogits(f"the scores go through {expr.op}")
     return [Case(condition=TRUE, logit=Logit(terms=(expr,)))]
+
+
+def _choice(product: Expr) -> Expr | None:
+    """A number that counts reasons to hide, times one that hides, as a choice between such products; None for other products."""
+    for number, factor in (product.args, product.args[::-1]):
+        if number.op is not Op.TO_REAL or not factor.is_const or abs(const_real(factor) or 0.0) < HUGE:
+            continue
+        choice = next((node for node in walk(number) if node.op is Op.ITE), None)
+        if choice is not None:
+            condition, *branches = choice.args
+            return ite(condition, *(real_mul(substitute(number, {choice: branch}), factor) for branch in branches))
+    return None
 
 
 def _guarded(condition: Expr, inner: list[Case]) -> list[Case]:

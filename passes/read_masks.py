@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from swacompile.graph import Constant, Graph, Node, TensorType
 from swacompile.index_expr import Expr, Index, Sort, apply, integer, size
 from swacompile.passes.arrays import ArrayReader
+from swacompile.passes.fold_softmax import with_softmaxes
 from swacompile.passes.index_tensor import Depth, IndexTensor, Sizes, Unreadable, sort_of
 from swacompile.passes.rules import compute, elementwise, lookups, sources, views
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 FAMILIES = (sources, elementwise, views, lookups, compute)
 RULES: Mapping[str, Rule] = {op: rule for family in FAMILIES for op, rule in family.RULES.items()}
-GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan", "any")
+GIVES_BOOL = ("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "isnan", "isinf", "any")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Reading:
     sizes: Sizes = field(default_factory=Sizes)
     arrays: ArrayReader = field(default_factory=ArrayReader)
     depth: Depth = field(default_factory=Depth)
+    _run_time: set[str] = field(default_factory=set)
+    _live: set[str] = field(default_factory=set)
 
     def operands(self, node: Node) -> Operands:
         dtype = _dtype(node, self)
@@ -38,6 +41,26 @@ class Reading:
         dims = {dim for dims in given for dim in dims if dim is not None}
         return self.sizes.equalities(dims, known)
 
+    def depends_on_inputs(self, value: str) -> bool:
+        """Whether the elements of an input have a part in a value; sizes do not count."""
+        if not self._run_time:
+            self._run_time.update(self.graph.inputs)
+            for node in self.graph.nodes:
+                random = not node.inputs and node.op not in ("sizes", "iota", "full")
+                if node.op not in ("shape", "size") and (random or not self._run_time.isdisjoint(node.inputs)):
+                    self._run_time.update(node.outputs)
+        return value in self._run_time
+
+    def live_users(self, value: str) -> tuple[Node, ...]:
+        """The nodes that take a value and have a part in the model's outputs."""
+        if not self._live:
+            self._live.update(self.graph.outputs)
+            for node in reversed(self.graph.nodes):
+                if not self._live.isdisjoint(node.outputs):
+                    self._live.update(node.inputs)
+        users = self.graph.users.get(value, ())
+        return tuple(user for user in users if not self._live.isdisjoint(user.outputs)) if self._live else users
+
     def extents(self, value: str) -> Index | None:
         """Shape of a value after all that is known of sizes, None where the rank is unknown."""
         tensor = self.tensors.get(value)
@@ -46,6 +69,7 @@ class Reading:
 
 def read_masks(graph: Graph) -> Reading:
     """Walk the graph once in execution order. Cost is linear in its nodes; formulas are made only when asked for."""
+    graph = with_softmaxes(graph)
     reading = Reading(graph=graph)
     for name, constant in graph.constants.items():
         reading.tensors[name] = _constant(name, constant, reading)

@@ -63,13 +63,18 @@ class Axes:
 class Operand:
     """A 4-D value of the source model and the order of its axes.
 
-    Where `flat` it is 3-D, BSHD with heads and head size in one axis; where `merged` it is 3-D, BHSD with batch and heads in one axis.
+    Where `flat` it is 3-D, BSHD with heads and head size in one axis; where `merged_heads` is not 0 it is 3-D, BHSD with the batch and that
+    many heads in one axis.
     """
 
     value: str
     layout: Layout
     flat: bool = False
-    merged: bool = False
+    merged_heads: int = 0
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_heads > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +82,7 @@ class Attention:
     """One attention site. Value names are the source model's; query (B,H,S,D), key (B,K,T,D), value (B,K,T,V) in their operands' layouts.
 
     `visible` is the condition under which a query sees a key, `zeroed` the condition under which a score is multiplied by zero (FALSE
-    where it never is). `output` is (B,H,S,V), or (B*H,S,V) where `merged_output`. `sinks` names a value of shape (H,), or holds the one
+    where it never is). `output` is (B,H,S,V) in `output_layout`, (B*H,S,V) where `merged_output`, (B,S,H*V) where `flat_output`. `sinks` names a value of shape (H,), or holds the one
     number that all heads share. `mask_form` says how the mask is applied, for people. `bias` is what is added to visible scores (a formula
     on the axes), None for nothing.
     """
@@ -104,6 +109,8 @@ class Attention:
     masked_rows: MaskedRows
     assumptions: tuple[str, ...]
     bias: Expr | None = None
+    output_layout: Layout = Layout.BHSD
+    flat_output: bool = False
 
 
 class ResidualKind(StrEnum):
@@ -134,15 +141,18 @@ class Residual:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sizes that a proof is limited to: none above `largest`, and, where `needs_keys_for_queries`, no more queries than keys."""
+    """What a proof is limited to: no size above `largest`; where `needs_keys_for_queries`, no more queries than keys; the values named in
+    `zero_or_one` hold no other numbers."""
 
     largest: int | None = None
     needs_keys_for_queries: bool = False
+    zero_or_one: tuple[str, ...] = ()
 
     @property
     def words(self) -> tuple[str, ...]:
         largest = () if self.largest is None else (f"sizes <= {self.largest}",)
-        return (*largest, "keys >= queries") if self.needs_keys_for_queries else largest
+        keys = ("keys >= queries",) if self.needs_keys_for_queries else ()
+        return (*largest, *keys, *(f"{value} in {{0, 1}}" for value in self.zero_or_one))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,13 @@ A frontend translates each source operator to the op below that has the same mea
 source name and is opaque: its result is run-time data. Values are named as in the source model; names are unique.
 
     sources      iota(start, limit, step), full(shape, fill), shape(x) [start, end], size(x), sizes [values: expressions, scalar]
-    elementwise  add sub mul div truncdiv floordiv mod neg abs min max pow sqrt reciprocal exp tanh
-                 lt le gt ge eq ne and or xor not where isnan cast [dtype] identity
+    elementwise  add sub mul div truncdiv floordiv mod neg abs min max pow sqrt reciprocal exp log tanh floor ceil trunc round sign relu
+                 lt le gt ge eq ne and or xor not bit_and bit_or bit_xor where isnan isinf nan_to_num cast [dtype] identity
     views        reshape(x, shape) [allowzero], expand(x, shape), unsqueeze [axes], squeeze [axes or None], transpose [perm],
-                 slice(x, starts, ends, axes, steps) [exact: the bounds lie inside], flatten [axis], concat [axis]
+                 slice(x, starts, ends, axes, steps) [exact: the bounds lie inside], flatten [axis], concat [axis], flip [axes],
+                 pad(x, amounts, number, axes) [mode]
     lookups      gather(x, indices) [axis], gather_nd(x, indices) [batch_dims], index(x, indices...) [axes], trilu(x, k) [upper], cumsum(x, axis)
-    compute      matmul, softmax [axis], attention [see detect_attention], reduce_max [axes, keepdims] and the like
+    compute      matmul, softmax [axis], attention [see detect_attention], reduce_max, reduce_sum [axes, keepdims] and the like
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from swacompile.index_expr import Expr
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Smallest exponent argument whose exp() is not yet zero, by data type of the softmax: ln of half the smallest subnormal.
 EXP_UNDERFLOW = {"float16": -17.4, "bfloat16": -93.0, "float32": -104.0, "float64": -746.0}
+# Largest magnitude that scores are taken to have in wide types: two digits short of overflow.
+LARGEST_SCORE = {"bfloat16": 1e36, "float32": 1e36, "float64": 1e306}
 LOWEST = {"float16": -65504.0, "bfloat16": -3.3895e38, "float32": -3.4028e38, "float64": -1.7976e308}
 
 
@@ -44,7 +47,10 @@ class Constant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One operation. `inputs` holds value names, "" for an absent one; `name` is the source node's, for messages and splicing."""
+    """One operation. `inputs` holds value names, "" for an absent one; `name` is the source node's, for messages and splicing.
+
+    The attribute `made` says that the results are steps on the way to a source node's result, and no values of the source.
+    """
 
     op: str
     name: str

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import reduce
-from math import floor, isfinite, isnan, tanh
+from math import floor, gcd, isfinite, isnan, tanh
 
 
 class Sort(StrEnum):
@@ -186,6 +186,7 @@ def _atoms(expr: Expr) -> _Monomial:
 
 
 def _from_poly(poly: _Poly) -> Expr:
+    poly = _with_whole_numbers(poly)
     terms = sorted(
         ((m, c) for m, c in poly.items() if m and c), key=lambda term: tuple(atom.digest for atom in term[0])
     )
@@ -196,6 +197,21 @@ def _from_poly(poly: _Poly) -> Expr:
     if len(terms) == 1 and not constant and terms[0][1] == 1:
         return monomials[0]
     return Expr(Op.SUM, Sort.INT, monomials, (constant, tuple(c for _, c in terms)))
+
+
+def _with_whole_numbers(poly: _Poly) -> _Poly:
+    """The polynomial with `a` in place of `b * (a // b) + a % b`."""
+    for monomial, coefficient in poly.items():
+        if len(monomial) != 1 or monomial[0].op is not Op.MOD or not coefficient:
+            continue
+        number, divisor = monomial[0].args
+        multiple = _poly(mul(divisor, Expr(Op.FLOORDIV, Sort.INT, (number, divisor))))
+        if all(poly.get(part) == coefficient * c for part, c in multiple.items()):
+            rest = {m: c for m, c in poly.items() if m != monomial and m not in multiple}
+            for part, c in _poly(number).items():
+                rest[part] = rest.get(part, 0) + coefficient * c
+            return _with_whole_numbers(rest)
+    return poly
 
 
 def add(*terms: Expr) -> Expr:
@@ -291,6 +307,9 @@ def floordiv(a: Expr, b: Expr) -> Expr:
     quotient, rest = _split_multiples(a, b)
     if at_least(rest, 0) and at_least(sub(b, rest), 1):
         return quotient
+    if (coarser := _in_steps(rest, b)) is not None:
+        steps, divisor, _, _ = coarser
+        return add(quotient, floordiv(steps, divisor))
     return add(quotient, Expr(Op.FLOORDIV, Sort.INT, (rest, b)))
 
 
@@ -301,7 +320,24 @@ def mod(a: Expr, b: Expr) -> Expr:
     _, rest = _split_multiples(a, b)
     if at_least(rest, 0) and at_least(sub(b, rest), 1):
         return rest
+    if (coarser := _in_steps(rest, b)) is not None:
+        steps, divisor, step, left = coarser
+        return add(mul(integer(step), mod(steps, divisor)), left)
     return Expr(Op.MOD, Sort.INT, (rest, b))
+
+
+def _in_steps(a: Expr, b: Expr) -> tuple[Expr, Expr, int, Expr] | None:
+    """(a', b', step, rest) with a = step * a' + rest, b = step * b' and 0 <= rest < step > 1: a // b is a' // b' then."""
+    divisor = const_int(b)
+    if divisor is None:
+        return None
+    poly = _poly(a)
+    for step in sorted({gcd(coefficient, divisor) for coefficient in poly.values()} - {1, divisor}, reverse=True):
+        rest = _from_poly({m: c for m, c in poly.items() if c % step})
+        if at_least(rest, 0) and at_least(sub(integer(step), rest), 1):
+            steps = _from_poly({m: c // step for m, c in poly.items() if not c % step})
+            return steps, integer(divisor // step), step, rest
+    return None
 
 
 def truncdiv(a: Expr, b: Expr) -> Expr:
@@ -312,11 +348,12 @@ def truncdiv(a: Expr, b: Expr) -> Expr:
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
-    return ite(le(a, b), a, b)
+    """Where the operands are equal it is the constant one, so that fewer cells depend on the other."""
+    return ite(le(b, a), b, a) if b.is_const else ite(le(a, b), a, b)
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
-    return ite(le(a, b), b, a)
+    return ite(le(b, a), a, b) if a.is_const else ite(le(a, b), b, a)
 
 
 def absolute(a: Expr) -> Expr:
@@ -612,7 +649,7 @@ def or_(*terms: Expr) -> Expr:
 
 def _junction(op: Op, terms: Iterable[Expr], *, neutral: Expr, absorbing: Expr) -> Expr:
     flat = {part for term in terms for part in (term.args if term.op is op else (term,)) if part != neutral}
-    if absorbing in flat or any(not_(part) in flat for part in flat if part.op is Op.NOT):
+    if absorbing in flat or any(not_(part) in flat for part in flat if part.op in (Op.NOT, Op.LE0)):
         return absorbing
     if len(flat) <= 1:
         return flat.pop() if flat else neutral

@@ -77,6 +77,7 @@ RULES: Mapping[str, Rule] = {
     "activation": _like_first,
     "reduce_max": _reduce,
     "reduce": _reduce,
+    "reduce_sum": _reduce,
     "any": _reduce,
     "attention": _attention,
     "gather_elements": _gather_elements,

@@ -3,12 +3,9 @@
 from collections.abc import Mapping
 
 from swacompile.index_expr import (
-    FALSE,
     ONE,
-    ZERO,
     Expr,
     Index,
-    Sort,
     add,
     const_int,
     eq,
@@ -17,13 +14,12 @@ from swacompile.index_expr import (
     ite,
     le,
     mul,
-    real,
     sub,
     to_integer,
 )
 from swacompile.passes.index_tensor import Unreadable, broadcast_index, kept, normal_axis, wrapped
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
-from swacompile.passes.rules.views import constants
+from swacompile.passes.rules.views import constants, zero_of
 from swacompile.passes.smt import is_valid
 
 
@@ -84,13 +80,12 @@ def _trilu(ops: Operands) -> Meaning:
     data = ops.tensor(0)
     diagonal = ops.tensor(1).scalar() if ops.node.input(1) else integer(ops.integer("diagonal", 0))
     upper = ops.integer("upper", 1)
-    zero = {Sort.BOOL: FALSE, Sort.INT: ZERO, Sort.REAL: real(0.0)}
 
     def read(indices: Index) -> Expr:
         element = data.at(*indices)
         distance = sub(indices[-1], indices[-2])
         kept = le(diagonal, distance) if upper else le(distance, diagonal)
-        return ite(kept, element, zero[element.sort])
+        return ite(kept, element, zero_of(element.sort))
 
     return Meaning(shape=data.shape, read=read)
 

@@ -25,11 +25,11 @@ from swacompile.passes.rules.rule import Meaning, Operands, Rule
 def _iota(ops: Operands) -> Meaning:
     start, limit, step = (ops.tensor(i).scalar() for i in range(3))
     step_value = const_int(step)
-    if any(bound.sort is not Sort.INT for bound in (start, limit)) or step_value is None or step_value < 1:
-        raise Unreadable("a range that does not count upwards in integers")
-    extent = sub(limit, start)
-    if step_value > 1:
-        extent = floordiv(add(extent, integer(step_value - 1)), step)
+    if any(bound.sort is not Sort.INT for bound in (start, limit)) or not step_value:
+        raise Unreadable("a range that does not count in integers")
+    extent, stride = (sub(limit, start), step_value) if step_value > 0 else (sub(start, limit), -step_value)
+    if stride > 1:
+        extent = floordiv(add(extent, integer(stride - 1)), integer(stride))
     real_valued = sort_of(ops.dtype) is Sort.REAL
 
     def read(indices: Index) -> Expr:

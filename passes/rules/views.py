@@ -7,27 +7,31 @@ map serves the formulas and the search for the tensors that an attention really 
 from collections.abc import Callable, Mapping
 
 from swacompile.index_expr import (
+    FALSE,
     ONE,
     ZERO,
     Expr,
     Index,
     Sort,
     add,
+    and_,
     const_int,
     exact_div,
     floordiv,
     integer,
     ite,
+    le,
     lt,
     mod,
     mul,
     product_of,
+    real,
     size,
     sub,
     to_integer,
     to_real,
 )
-from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, clamp, normal_axis
+from swacompile.passes.index_tensor import IndexTensor, Unreadable, broadcast_index, clamp, normal_axis, sort_of
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 IndexMap = Callable[[Index], Index]
@@ -115,8 +119,11 @@ def _slice(ops: Operands) -> tuple[Index, IndexMap]:
     for axis_given, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = normal_axis(axis_given, operand.rank)
         extent = operand.shape[axis]
+        if step == -1 and _is_last(start) and _is_before_first(end):
+            origin[axis] = (sub(extent, ONE), step)
+            continue
         if step < 1:
-            raise Unreadable("a slice with a step below 1")
+            raise Unreadable("a slice with a step below 1 that is no reversal")
         first, last = (start, end) if ops.integer("exact", 0) else (clamp(start, extent), clamp(end, extent))
         length = sub(last, first)
         shape[axis] = length if step == 1 else floordiv(add(length, integer(step - 1)), integer(step))
@@ -130,6 +137,26 @@ def _slice(ops: Operands) -> tuple[Index, IndexMap]:
         return tuple(source(axis, i) for axis, i in enumerate(indices))
 
     return tuple(shape), index_map
+
+
+def _is_last(position: Expr) -> bool:
+    value = const_int(position)
+    return value is not None and (value == -1 or value >= 2**31 - 1)
+
+
+def _is_before_first(position: Expr) -> bool:
+    value = const_int(position)
+    return value is not None and value <= -(2**31) + 1
+
+
+def _flip(ops: Operands) -> tuple[Index, IndexMap]:
+    operand = ops.tensor(0)
+    axes = {normal_axis(axis, operand.rank) for axis in ops.integers("axes")}
+
+    def index_map(indices: Index) -> Index:
+        return tuple(sub(sub(operand.shape[axis], ONE), i) if axis in axes else i for axis, i in enumerate(indices))
+
+    return operand.shape, index_map
 
 
 def _reshape(ops: Operands) -> tuple[Index, IndexMap]:
@@ -218,6 +245,7 @@ INDEX_MAPS: Mapping[str, Callable[[Operands], tuple[Index, IndexMap]]] = {
     "slice": _slice,
     "reshape": _reshape,
     "flatten": _flatten,
+    "flip": _flip,
     "identity": _same,
 }
 
@@ -254,6 +282,39 @@ def _concat(ops: Operands) -> Meaning:
     return Meaning(shape=tuple(shape), read=read)
 
 
+def _pad(ops: Operands) -> Meaning:
+    """Elements put before and behind along axes, all of one number; the amounts are negative where elements are cut off."""
+    operand, amounts, axes_operand = ops.tensor(0), ops.tensor(1).vector(), ops.optional(3)
+    if ops.node.attrs.get("mode", "constant") != "constant":
+        raise Unreadable("padding that repeats elements")
+    axes = [
+        normal_axis(axis, operand.rank) for axis in (constants(axes_operand) if axes_operand else range(operand.rank))
+    ]
+    before = dict(zip(axes, amounts[: len(axes)], strict=True))
+    behind = dict(zip(axes, amounts[len(axes) :], strict=True))
+    fill = ops.optional(2)
+    shape = tuple(add(before.get(a, ZERO), extent, behind.get(a, ZERO)) for a, extent in enumerate(operand.shape))
+
+    def read(indices: Index) -> Expr:
+        here = tuple(sub(i, before.get(axis, ZERO)) for axis, i in enumerate(indices))
+        inside = and_(*(and_(le(ZERO, here[axis]), lt(here[axis], operand.shape[axis])) for axis in axes))
+        outside = fill.scalar() if fill else zero_of(sort_of(operand.dtype))
+        if inside.is_const:
+            return operand.at(*here) if inside.value else outside
+        element = operand.at(*here)
+        return (
+            ite(inside, element, outside)
+            if element.sort is outside.sort
+            else ite(inside, _alike(element, outside), _alike(outside, element))
+        )
+
+    return Meaning(shape=shape, read=read)
+
+
+def zero_of(sort: Sort) -> Expr:
+    return {Sort.BOOL: FALSE, Sort.INT: ZERO, Sort.REAL: real(0.0)}[sort]
+
+
 def _alike(a: Expr, b: Expr) -> Expr:
     return to_real(a) if Sort.REAL in (a.sort, b.sort) else to_integer(a)
 
@@ -275,5 +336,6 @@ def _reshaping(ops: Operands) -> Meaning:
 
 RULES: Mapping[str, Rule] = {name: _viewing(view) for name, view in INDEX_MAPS.items()} | {
     "concat": _concat,
+    "pad": _pad,
     "reshape": _reshaping,
 }

@@ -133,7 +133,7 @@ class Call:
     def emit(self, op: str, *inputs: str, known: TensorType | None = None, **attrs: object) -> str:
         """An operation on the way to the result."""
         self._parts += 1
-        return self.graph.emit(f"{self.name}/{self._parts}", op, *inputs, known=known, **attrs)
+        return self.graph.emit(f"{self.name}/{self._parts}", op, *inputs, known=known, made=True, **attrs)
 
 
 def op(name: str, *inputs: str, levels: tuple[int, ...] = (), **attrs: object) -> Result:

@@ -1,7 +1,8 @@
 """ATen operators that compute: products, softmax, attention, reductions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+from swacompile.frontends.einsum import contraction
 from swacompile.frontends.fx_call import Call, Result, Untranslated, aligned, op, operand_node
 
 
@@ -31,29 +32,15 @@ def _biased_matmul(call: Call) -> Result:
 
 
 def _einsum(call: Call) -> Result:
-    """Two operands, one axis summed, one axis of each left: a matmul between transposes. Other sums keep their name."""
+    """Two operands as a product between views; other sums keep their name."""
     operands = [operand_node(operand) for operand in call[1]]
-    terms, _, result = str(call[0]).replace(" ", "").partition("->")
-    names = terms.split(",")
-    if len(operands) != 2 or not result or any(len(set(term)) != len(term) or "." in term for term in (*names, result)):
+    steps = contraction(str(call[0]), tuple(call.meta(operand).dim() for operand in operands))
+    if steps is None:
         raise Untranslated("another form of einsum")
-    left, right = names
-    summed = [axis for axis in left if axis in right and axis not in result]
-    batch = [axis for axis in result if axis in left and axis in right]
-    own = [[axis for axis in term if axis not in summed and axis not in batch] for term in names]
-    if len(summed) != 1 or any(len(axes) != 1 or axes[0] not in result for axes in own):
-        raise Untranslated("another form of einsum")
-    first = _ordered(call, call.tensor(operands[0]), left, [*batch, *own[0], *summed])
-    second = _ordered(call, call.tensor(operands[1]), right, [*batch, *summed, *own[1]])
-    natural = [*batch, *own[0], *own[1]]
-    if "".join(natural) == result:
-        return op("matmul", first, second)
-    return op("transpose", call.emit("matmul", first, second), perm=[natural.index(axis) for axis in result])
-
-
-def _ordered(call: Call, value: str, axes: str, wanted: Sequence[str]) -> str:
-    perm = [axes.index(axis) for axis in wanted]
-    return value if perm == sorted(perm) else call.emit("transpose", value, perm=perm)
+    values = [call.tensor(operand) for operand in operands]
+    for step in steps[:-1]:
+        values.append(call.emit(step.op, *(values[i] for i in step.inputs), known=None, **step.attrs))
+    return Result(op=steps[-1].op, inputs=tuple(values[i] for i in steps[-1].inputs), attrs=steps[-1].attrs)
 
 
 def _softmax(call: Call) -> Result:
@@ -120,10 +107,11 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
         _like_first("normalize"),
     ),
     **dict.fromkeys(
-        ("sum", "mean", "prod", "amin", "var", "std", "linalg_vector_norm", "norm", "argmax", "argmin", "min", "all"),
+        ("mean", "prod", "amin", "var", "std", "linalg_vector_norm", "norm", "argmax", "argmin", "min", "all"),
         _reduce("reduce"),
     ),
     **dict.fromkeys(("amax", "max"), _reduce("reduce_max")),
+    "sum": _reduce("reduce_sum"),
     "any": _reduce("any"),
     "linear": _linear,
     "einsum": _einsum,

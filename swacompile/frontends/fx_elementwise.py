@@ -71,9 +71,10 @@ def _logical(name: str) -> Callable[[Call], Result]:
     """Bitwise operators are logic where they work on conditions."""
 
     def rule(call: Call) -> Result:
-        if call.dtype(call.node) != "bool":
+        if call.dtype(call.node) != "bool" and name == "not":
             raise Untranslated("bits of integers")
-        return aligned(call, name, [call[i] for i in range(1 if name == "not" else 2)])
+        logic = name if call.dtype(call.node) == "bool" else f"bit_{name}"
+        return aligned(call, logic, [call[i] for i in range(1 if name == "not" else 2)])
 
     return rule
 
@@ -157,11 +158,30 @@ def _filled(value: object) -> Callable[[Call], Result]:
     return rule
 
 
+def _square(call: Call) -> Result:
+    return aligned(call, "mul", (call[0], call[0]))
+
+
+def _round(call: Call) -> Result:
+    if call.get("decimals"):
+        raise Untranslated("rounding to decimals")
+    return aligned(call, "round", (call[0],))
+
+
+def _without_nan(call: Call) -> Result:
+    """Infinite numbers are replaced, too, which the name says and no formula: detection knows where there are none."""
+    if call.get("nan") not in (None, 0.0):
+        raise Untranslated("NaN replaced by another number than 0")
+    return aligned(call, "nan_to_num", (call[0],))
+
+
 def _activation(call: Call) -> Result:
     return aligned(call, "activation", (call[0],))
 
 
-UNARY = ("neg", "abs", "exp", "tanh", "sqrt", "reciprocal", "isnan")
+UNARY = (
+    "neg", "abs", "exp", "tanh", "sqrt", "reciprocal", "isnan", "log", "floor", "ceil", "trunc", "sign", "relu",
+)  # fmt: skip
 BINARY = {
     "pow": "pow", "maximum": "max", "minimum": "min", "remainder": "mod", "floor_divide": "floordiv", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge",
     "eq": "eq", "ne": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne",
@@ -186,8 +206,8 @@ SAME = (
     "positive",
 )
 ACTIVATIONS = (
-    "sigmoid", "relu", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "erf", "sin", "cos", "log",
-    "log1p", "log2", "log_softmax", "_log_softmax", "floor", "ceil", "round", "trunc", "sign", "square", "relu6", "celu", "selu",
+    "sigmoid", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "erf", "sin", "cos",
+    "log1p", "log2", "log_softmax", "_log_softmax", "relu6", "celu", "selu",
 )  # fmt: skip
 
 OPERATORS: Mapping[str, Callable[[Call], Result]] = {
@@ -207,6 +227,9 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     **dict.fromkeys(("div", "divide", "true_divide"), _div),
     **dict.fromkeys(("clamp", "clip"), _clamp),
     "rsub": _rsub,
+    "square": _square,
+    "round": _round,
+    "nan_to_num": _without_nan,
     "where": _where,
     "masked_fill": _masked_fill,
     "rsqrt": _rsqrt,

@@ -22,6 +22,20 @@ def _flat_apply(call: Call) -> Result:
     return _looked_up(call, operands[0], {axis: operand_node(index) for axis, index in enumerate(operands[1:])})
 
 
+def _written(call: Call) -> Result:
+    """x[condition] = number."""
+    chosen = [operand_node(index) for index in call[1] if index is not None]
+    if len(call[1]) != 1 or len(chosen) != 1 or call.dtype(chosen[0]) != "bool" or call.get("accumulate"):
+        raise Untranslated("elements written at positions")
+    if any(extent != 1 for extent in call.meta(call[2]).shape):
+        raise Untranslated("rows written where a condition holds")
+    condition = call.tensor(chosen[0])
+    behind = list(range(call.meta(chosen[0]).dim(), call.meta(call[0]).dim()))
+    if behind:
+        condition = call.emit("unsqueeze", condition, axes=behind)
+    return op("where", condition, call.tensor(call[2]), call.tensor(call[0]))
+
+
 def _looked_up(call: Call, data: object, indices: Mapping[int, fx.Node]) -> Result:
     if any(call.dtype(index) in ("bool", "uint8") for index in indices.values()):
         raise Untranslated("rows chosen by a condition")
@@ -103,6 +117,7 @@ def _remove_batch_dim(call: Call) -> Result:
 
 OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     "index": _index,
+    "index_put": _written,
     "flat_apply": _flat_apply,
     "embedding": _embedding,
     "index_select": _index_select,

@@ -122,6 +122,8 @@ class _Splicer:
             new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), _val(value).shape[3]]))
         elif site.output_layout is Layout.BSHD:
             new = self._call(old, aten.transpose.int, (new, 1, 2))
+            if site.flat_output:
+                new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), site.heads * _val(value).shape[3]]))
         old.replace_all_uses_with(new)
         self.renamed[old.name] = new.name
 
@@ -131,10 +133,18 @@ class _Splicer:
 
         try:
             write_guards(self.graph, guards, node, sizes_checked=self.sizes_checked)
+            for value in guards.zero_or_one:
+                self._assert_zero_or_one(old, value)
         except NotImplementedError as error:
             raise _Refused(
                 "guarded", f"the band holds for some sizes only, and this graph cannot check that: {error}"
             ) from error
+
+    def _assert_zero_or_one(self, old: fx.Node, value: str) -> None:
+        node = self._readable(old, value)
+        flags = self._converted(old, self._call(old, aten.ne.Scalar, (node, 0)), _val(node).dtype)
+        same = self._call(old, aten.all.default, (self._call(old, aten.eq.Tensor, (node, flags)),))
+        self._call(old, aten._assert_async.msg, (same, f"swacompile expects {value} in {{0, 1}}"))
 
     # operands
 

@@ -155,6 +155,8 @@ def _part(call: Call) -> Result:
     cut = Call(node=whole, name=call.name, graph=call.graph)
     dim = cut.get("dim")
     axis = cut.axis(cut[0], 0 if dim is None else dim)
+    if str(whole.target).startswith("aten.meshgrid"):
+        return _grid(call)
     if str(whole.target).startswith("aten.unbind"):
         return _take(call, cut[0], axis, integer(position))
     pieces = whole.meta["val"]
@@ -162,6 +164,42 @@ def _part(call: Call) -> Result:
     end = add(start, call.graph.sizes.of(pieces[position].shape[axis]))
     vector = call.graph.vector
     return op("slice", call.tensor(cut[0]), vector([start]), vector([end]), vector([axis]), vector([1]), exact=1)
+
+
+def _grid(call: Call) -> Result:
+    """One tensor of a mesh: a vector along its own axis, repeated along the others."""
+    whole, position = call.node.args
+    assert isinstance(whole, fx.Node) and isinstance(position, int)
+    mesh = Call(node=whole, name=call.name, graph=call.graph)
+    vectors = [operand_node(vector) for vector in mesh[0]]
+    swapped = mesh.get("indexing") == "xy" and len(vectors) > 1 and position < 2
+    place = 1 - position if swapped else position
+    if call.meta(vectors[position]).dim() != 1:
+        raise Untranslated("a mesh of numbers")
+    others = [axis for axis in range(len(vectors)) if axis != place]
+    wide = call.emit("unsqueeze", call.tensor(vectors[position]), axes=others)
+    return op("expand", wide, call.graph.vector(call.meta(call.node).shape))
+
+
+def _flip(call: Call) -> Result:
+    return op("flip", call.tensor(call[0]), axes=[call.axis(call[0], dim) for dim in call.get("dims")])
+
+
+def _pad(call: Call) -> Result:
+    """torch lists pairs from the last axis on."""
+    if call.get("mode") not in (None, "constant"):
+        raise Untranslated("padding that repeats elements")
+    rank = call.meta(call[0]).dim()
+    amounts = [call.number(amount) for amount in call.get("pad")]
+    axes = [rank - 1 - i for i in range(len(amounts) // 2)]
+    vector, fill = call.graph.vector, call.get("value")
+    return op(
+        "pad",
+        call.tensor(call[0]),
+        vector([*amounts[::2], *amounts[1::2]]),
+        call.operand(0 if fill is None else fill),
+        vector(axes),
+    )
 
 
 def _repeat_interleave(call: Call) -> Result:
@@ -296,6 +334,7 @@ PARTS = frozenset(
         "unsafe_split_with_sizes",
         "unsafe_chunk",
         "tensor_split",
+        "meshgrid",
     )
 )
 
@@ -318,6 +357,8 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     "repeat_interleave": _repeat_interleave,
     "stack": _stack,
     "diff": _diff,
+    "flip": _flip,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     "slice_scatter": _slice_scatter,
     "select_scatter": _select_scatter,
 }

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from swacompile.errors import ModelError
+from swacompile.frontends.einsum import contraction
 from swacompile.graph import Constant, Graph, Node, TensorType
 from swacompile.index_expr import Expr, integer, size
 
@@ -25,13 +26,14 @@ SAME_MEANING = {
     "Neg": "neg", "Not": "not", "Or": "or", "Pow": "pow", "Range": "iota", "Reciprocal": "reciprocal", "Reshape": "reshape",
     "ScatterND": "scatter_nd", "Shape": "shape", "Size": "size", "Slice": "slice", "Softmax": "softmax", "Sqrt": "sqrt", "Squeeze": "squeeze",
     "Sub": "sub", "Tanh": "tanh", "Transpose": "transpose", "Trilu": "trilu", "Unsqueeze": "unsqueeze", "Where": "where", "Xor": "xor",
-    "ReduceMax": "reduce_max", "ReduceMean": "reduce", "ReduceSum": "reduce", "ReduceMin": "reduce", "ReduceL2": "reduce",
+    "ReduceMax": "reduce_max", "ReduceMean": "reduce", "ReduceSum": "reduce_sum", "ReduceMin": "reduce", "ReduceL2": "reduce",
     "ReduceSumSquare": "reduce", "Attention": "attention", "GatherElements": "gather_elements", "Gemm": "gemm", "TopK": "top_k",
     "OneHot": "one_hot", "Tile": "tile", "ScatterElements": "scatter_nd",
     "LayerNormalization": "normalize", "RMSNormalization": "normalize", "SimplifiedLayerNormalization": "normalize",
-    "Sigmoid": "activation", "Relu": "activation", "Gelu": "activation", "Erf": "activation", "Cos": "activation", "Sin": "activation",
-    "Log": "activation", "Softplus": "activation", "Swish": "activation", "Clip": "activation", "Elu": "activation", "LeakyRelu": "activation",
-    "Floor": "activation", "Ceil": "activation", "Round": "activation", "Sign": "activation",
+    "Sigmoid": "activation", "Relu": "relu", "Gelu": "activation", "Erf": "activation", "Cos": "activation", "Sin": "activation",
+    "Log": "log", "Softplus": "activation", "Swish": "activation", "Elu": "activation", "LeakyRelu": "activation",
+    "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign", "IsInf": "isinf", "Pad": "pad",
+    "BitwiseAnd": "bit_and", "BitwiseOr": "bit_or", "BitwiseXor": "bit_xor",
 }  # fmt: skip
 
 
@@ -194,6 +196,9 @@ def _dim(dim: int | ir.SymbolicDim) -> Expr | None:
 
 
 def _translate_node(node: ir.Node, position: int, constants: dict[str, Constant]) -> Iterable[Node]:
+    """Nodes that stand for parts of a source node have the attribute `made`: their results are no values of the source."""
+    if node.op_type == "Einsum" and node.domain in ("", "ai.onnx"):
+        return _einsum(node, position)
     name = node.name or f"{node.op_type}_{position}"
     inputs = tuple("" if value is None else str(value.name) for value in node.inputs)
     outputs = tuple(str(value.name) for value in node.outputs)
@@ -210,6 +215,31 @@ def _translate_node(node: ir.Node, position: int, constants: dict[str, Constant]
     known = node.domain in ("", "ai.onnx") and SAME_MEANING.get(node.op_type)
     op = known or (f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
     return (Node(op=op, name=name, inputs=inputs, outputs=outputs, attrs=attrs),)
+
+
+def _einsum(node: ir.Node, position: int) -> Iterable[Node]:
+    """Two operands as a product between views; other sums keep their name."""
+    name, outputs = node.name or f"Einsum_{position}", (str(node.outputs[0].name),)
+    given = [value for value in node.inputs if value is not None]
+    values = [str(value.name) for value in given]
+    equation = str(node.attributes["equation"].value)
+    steps = contraction(equation, tuple(_ranks(equation, given)))
+    if steps is None:
+        yield Node(op="Einsum", name=name, inputs=tuple(values), outputs=outputs)
+        return
+    for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        made = outputs if last else (f"{outputs[0]}.{number}",)
+        attrs = dict(step.attrs) if last else {**step.attrs, "made": True}
+        yield Node(op=step.op, name=name, inputs=tuple(values[i] for i in step.inputs), outputs=made, attrs=attrs)
+        values.append(made[0])
+
+
+def _ranks(equation: str, operands: Iterable[ir.Value]) -> Iterator[int]:
+    """Numbers of axes, from the letters where there is no ellipsis, else from the file; -1 where it does not say."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    for term, operand in zip(terms, operands, strict=False):
+        yield len(term) if "." not in term else len(operand.shape) if operand.shape is not None else -1
 
 
 def _constant_value(node: ir.Node) -> ir.TensorProtocol:
@@ -293,10 +323,24 @@ def _reduce(node: Node, constants: dict[str, Constant]) -> Iterable[Node]:
     return (Node(op=SAME_MEANING[node.op], name=node.name, inputs=node.inputs[:1], outputs=node.outputs, attrs=attrs),)
 
 
+def _clip(node: Node, constants: dict[str, Constant]) -> Iterable[Node]:
+    """A maximum, then a minimum, of the bounds that are given."""
+    value = node.inputs[0]
+    bounds = [(op, bound) for op, bound in (("max", node.input(1)), ("min", node.input(2))) if bound]
+    for op, bound in bounds[:-1]:
+        yield Node(
+            op=op, name=node.name, inputs=(value, bound), outputs=(f"{node.outputs[0]}.{op}",), attrs={"made": True}
+        )
+        value = f"{node.outputs[0]}.{op}"
+    op, inputs = (bounds[-1][0], (value, bounds[-1][1])) if bounds else ("identity", (value,))
+    yield Node(op=op, name=node.name, inputs=inputs, outputs=node.outputs)
+
+
 SPECIAL: dict[str, Callable[[Node, dict[str, Constant]], Iterable[Node]]] = {
     "ConstantOfShape": _constant_of_shape,
     "Cast": _cast,
     "Dropout": _dropout,
     "Split": _split,
+    "Clip": _clip,
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceSum", "ReduceMin", "ReduceL2", "ReduceSumSquare"), _reduce),
 }

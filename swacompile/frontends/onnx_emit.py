@@ -91,9 +91,7 @@ def _splice(splicer: Splicer, guards: OnnxGuards, replacement: Replacement, body
         before, NAME, operands(splicer, guards, before, replacement, body), attributes(replacement, body), domain=DOMAIN
     )
     output.dtype = ELEM_TYPES[site.dtype]
-    if site.merged_output:
-        output = splicer.merge_heads(before, output)
-    splicer.replace(old, output)
+    splicer.replace(old, splicer.result(before, output, site))
 
 
 def operands(

@@ -106,7 +106,7 @@ def _lowered(
             band=replacement.proof.mask,
         )
     output = _insert(splicer, before, lowering, names, str(node.output[0]))
-    splicer.replace(old, splicer.merge_heads(before, output) if site.merged_output else output)
+    splicer.replace(old, splicer.result(before, output, site))
     return replacement
 
 

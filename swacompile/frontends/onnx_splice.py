@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from swacompile.attention import Layout, Operand
+from swacompile.attention import Attention, Layout, Operand
 from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
 from swacompile.passes.operands import RunTimeOperand
@@ -97,13 +97,41 @@ class Splicer:
     def operand(self, before: ir.Node, operand: Operand) -> ir.Value:
         """A value of the source in (batch, heads, sequence, size) order."""
         value = self.values[operand.value]
-        if operand.layout is Layout.BHSD:
-            return value
+        if operand.merged:
+            return self._split_heads(before, value, operand.merged_heads)
+        return value if operand.layout is Layout.BHSD else self._swapped(before, value)
+
+    def result(self, before: ir.Node, output: ir.Value, site: Attention) -> ir.Value:
+        """The operator's (batch, heads, sequence, size) result in the order of the value that it replaces."""
+        if site.merged_output:
+            return self._merge_heads(before, output)
+        if site.output_layout is Layout.BHSD:
+            return output
+        swapped = self._swapped(before, output)
+        if not site.flat_output:
+            return swapped
+        return self.add(before, "Reshape", [swapped, self.constant(np.asarray([0, 0, -1]), "flat_heads")])
+
+    def _swapped(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        """Heads and sequence change places."""
         moved = self.add(before, "Transpose", [value], {"perm": list(SWAP_HEADS_AND_SEQUENCE)})
         moved.type = value.type
         if value.shape is not None:
             moved.shape = ir.Shape([value.shape[axis] for axis in SWAP_HEADS_AND_SEQUENCE])
         return moved
+
+    def _split_heads(self, before: ir.Node, value: ir.Value, heads: int) -> ir.Value:
+        """(B*H,S,D) as (B,H,S,D)."""
+        shape = self.add(before, "Shape", [value])
+        tail = self.add(
+            before, "Slice", [shape, self.constant(np.asarray([1]), "one"), self.constant(np.asarray([3]), "three")]
+        )
+        lead = self.constant(np.asarray([-1, heads]), f"batch_and_{heads}_heads")
+        wide = self.add(before, "Reshape", [value, self.add(before, "Concat", [lead, tail], {"axis": 0})])
+        wide.type = value.type
+        if value.shape is not None:
+            wide.shape = ir.Shape([None, heads, *value.shape[1:]])
+        return wide
 
     def run_time_operand(self, before: ir.Node, operand: RunTimeOperand, dtype: ir.DataType) -> ir.Value:
         value = self.values[operand.value]
@@ -129,7 +157,7 @@ class Splicer:
             return value
         return self.add(before, "Reshape", [value, self.constant(np.asarray([-1]), "flat")])
 
-    def merge_heads(self, before: ir.Node, output: ir.Value) -> ir.Value:
+    def _merge_heads(self, before: ir.Node, output: ir.Value) -> ir.Value:
         """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""
         shape = self.add(before, "Shape", [output])
         tail = self.add(

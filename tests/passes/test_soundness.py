@@ -90,11 +90,11 @@ REFUSED: Mapping[str, tuple[MaskModel, str]] = {
             "e = Sub(k, w) x = Div(q, e) y = GreaterOrEqual(x, i0) past = LessOrEqual(k, q) seen = And(past, y)",
             constants=W4,
         ),
-        "data-dependent",
+        "unreadable-mask",
     ),
     "a negative divisor": (
         model("d = Sub(q, k) x = Div(d, w) seen = Equal(x, i0)", constants={"int64 w": "-4"}),
-        "data-dependent",
+        "unreadable-mask",
     ),
     "an index of -1 reads the last element": (
         model(
