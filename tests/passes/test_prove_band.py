@@ -172,12 +172,14 @@ def test_seen_from_the_last_query() -> None:
 
 
 def test_a_bound_beyond_all_lengths_is_none() -> None:
-    body = "ends = Add(S, T) place = Add(q, ends) back = Sub(place, k) seen = Less(back, far)"
-    proof = verdict_on(model(body, constants={"int64 far": "1099511627776"}))
+    """Within the sizes at which float32 counts exactly."""
+    body = """ends = Add(S, T) place = Add(q, ends) back = Sub(place, k) back_float = Cast<to = 1>(back)
+      seen = LessOrEqual(back_float, far)"""
+    proof = verdict_on(model(body, constants={"float far": "2147483648.0"}))
     assert isinstance(proof, BandProof)
     assert (proof.kind, proof.mask.left, proof.mask.right) == (Kind.FULL, None, None)
-    assert proof.valid_for == ()
-    bounded = verdict_on(model(body, constants={"int64 far": "2147483647"}))
+    assert proof.valid_for == ("sizes <= 16777216",)
+    bounded = verdict_on(model(body, constants={"float far": "20000.0"}))
     assert isinstance(bounded, Refutation) and bounded.witness is not None
 
 
