@@ -14,7 +14,9 @@ from swacompile.runtime.torch_op.build import operator_name
 from swacompile.runtime.torch_op.cuda_program import LIBRARY_PREFIX
 from swacompile.target import TargetClass, target_named
 
-PROGRAM, KERNELS = "model.pt2", "libswacompile_kernels.so"
+PROGRAM, KERNELS, OPERATOR = "model.pt2", "libswacompile_kernels.so", "libswacompile_torch.so"
+OPERATOR_VERSION = "torch operator"
+"""Entry of the manifest's versions: the name that the operator's library has in the cache."""
 
 
 class CompiledProgram:
@@ -44,7 +46,7 @@ def open_program(folder: Path, manifest: Mapping[str, Any]) -> CompiledProgram:
     A folder compiled for GPUs only opens on the current GPU; CompiledProgram.to moves one that is for both.
     Raises ArtifactError where no kernel runs on this machine, ToolchainError where the operator must be compiled and cannot.
     """
-    _adopt_operator(folder)
+    _adopt_operator(folder, manifest)
     import swacompile.torch as swacompile_torch
     from swacompile.frontends.fx_archive import load_program
 
@@ -74,10 +76,10 @@ def _add_cuda_kernels(folder: Path, *, needed: bool) -> bool:
     return bool(libraries)
 
 
-def _adopt_operator(folder: Path) -> None:
+def _adopt_operator(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Put the folder's operator into the cache where it was made for this torch and the cache has none."""
-    offered, wanted = folder / operator_name(), cache_folder() / operator_name()
-    if offered.is_file() and not wanted.is_file():
+    offered, wanted = folder / OPERATOR, cache_folder() / operator_name()
+    if manifest["versions"].get(OPERATOR_VERSION) == wanted.name and not wanted.is_file():
         aside = wanted.with_suffix(".new")
         shutil.copyfile(offered, aside)
         aside.replace(wanted)

@@ -25,7 +25,7 @@ from swacompile.runtime.torch_op.build import operator_library
 from swacompile.runtime.torch_op.cuda_build import carry_runtime
 from swacompile.runtime.torch_op.cuda_program import LIBRARY_PREFIX, build_libraries, is_on_cuda, without_kernel
 from swacompile.target import Target, TargetClass, host_targets
-from swacompile.torch_artifact import KERNELS, PROGRAM
+from swacompile.torch_artifact import KERNELS, OPERATOR, OPERATOR_VERSION, PROGRAM
 from swacompile.tuning.database import Choice, Database
 from swacompile.tuning.kernel_choice import CudaKernelChoice, choose_cuda_kernels
 from swacompile.tuning.shapes import workloads_of
@@ -95,16 +95,17 @@ def compile(
         built = _build_cpu(done, _of_class(targets, TargetClass.CPU), database or Database(), folder, progress)
         gpus = _of_class(targets, TargetClass.CUDA)
         built += _build_cuda(spliced.program, done, gpus, database or Database(), folder, progress)
-        operator = Path(shutil.copy(operator_library(), folder)).name
+        operator = operator_library()
+        shutil.copy(operator, folder / OPERATOR)
         choices = tuple(choice for part in built for choice in part.choices)
-        names = (PROGRAM, operator, *(name for part in built for name in part.files))
+        names = (PROGRAM, OPERATOR, *(name for part in built for name in part.files))
         manifest = artifact.Manifest(
             source=model.name,
             replaced=tuple(replacement.site.node for replacement in done.replaced),
             targets=tuple(target.name for target in targets),
             kernels=tuple(kernel for part in built for kernel in part.kernels),
             report=report,
-            versions=artifact.versions() | {"torch": torch.__version__},
+            versions=artifact.versions() | {"torch": torch.__version__, OPERATOR_VERSION: operator.name},
             tuning=tuple(map(str, choices)),
             hashes={name: artifact.file_hash(folder / name) for name in names},
         )

@@ -1,6 +1,7 @@
 #include "kernels.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdio>
@@ -63,6 +64,16 @@ void add(const std::string& path) {
   }
 }
 
+// The kernel library of the compiled folder that this library lies in, for programs that load nothing else. False = there is none.
+bool add_from_own_folder() {
+  Dl_info own;
+  if (dladdr(reinterpret_cast<const void*>(&add_from_own_folder), &own) == 0) return false;
+  const std::string path = own.dli_fname, beside = path.substr(0, path.rfind('/') + 1) + "libswacompile_kernels.so";
+  if (access(beside.c_str(), R_OK) != 0) return false;
+  add(beside);
+  return true;
+}
+
 }  // namespace
 
 const LoadedKernel& find_kernel(DLDataType type, int64_t head_size, int64_t value_size) {
@@ -71,7 +82,10 @@ const LoadedKernel& find_kernel(DLDataType type, int64_t head_size, int64_t valu
                              ", V=" + std::to_string(value_size);
   const MissingHandler handler = on_missing;
   if (handler == nullptr) {
-    throw std::runtime_error(wanted + " is loaded: load a kernel library with swacompile_torch_add_kernels first");
+    static const bool added = add_from_own_folder();
+    if (const LoadedKernel* found = added ? search(type, head_size, value_size) : nullptr) return *found;
+    throw std::runtime_error(wanted + " is loaded: load this library from a folder that swacompile compile wrote for this model, or a " +
+                             "kernel library with swacompile_torch_add_kernels");
   }
   char message[longest_message] = "";
   if (handler(type.code, type.bits, head_size, value_size, message, sizeof message) != 0) {
