@@ -86,13 +86,19 @@ class Guard:
 class Guards:
     """Conditions under which a replacement is right; `extents` holds what their symbols stand for.
 
-    `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's. `cuts`: they may have more.
+    `zero_or_one` names values of the model that must hold no other numbers. `expands`: operands of (batch, keys) may have a batch of 1, and are expanded to the attention's. `cuts`: they may have more.
     """
 
     conditions: tuple[Guard, ...] = ()
     extents: tuple[Extent, ...] = ()
+    zero_or_one: tuple[str, ...] = ()
     expands: bool = False
     cuts: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All conditions for people."""
+        return (*(guard.words for guard in self.conditions), *(f"{value} in {{0, 1}}" for value in self.zero_or_one))
 
 
 class Unguardable(Exception):
@@ -120,6 +126,7 @@ def guards_of(
     return Guards(
         conditions=tuple(by_condition.values()),
         extents=tuple(extent for extent in sizes.extents.values() if _speaks_of(by_condition, extent)),
+        zero_or_one=proof.limits.zero_or_one,
         expands=bool(one),
     )
 

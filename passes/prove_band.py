@@ -41,6 +41,7 @@ from swacompile.index_expr import (
     walk,
 )
 from swacompile.passes.arrays import PREFIX, ArrayReader
+from swacompile.passes.binary_padding import binary_data, binary_padding
 from swacompile.passes.classify_mask import Pattern, patterns
 from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
 from swacompile.passes.moved_band import at_every_position, moved_band
@@ -149,10 +150,12 @@ class Prover:
 
 
 def _added(bias: Expr, site: Attention) -> Residual:
-    """The additive term by its name: a slope a head times the distance, or any bias.
+    """The additive term by its name: padding of numbers that are 0 and 1, a slope a head times the distance, or any bias.
 
     Beside a sink a number that is the same for the whole row is no matter of indifference, and what slopes leave open is.
     """
+    if (padding := binary_padding(bias, site)) is not None:
+        return padding
     slope = slope_of(bias, site.visible, site.axes) if site.sinks is None else None
     return Residual(
         kind=ResidualKind.BIAS if slope is None else ResidualKind.ALIBI,
@@ -245,7 +248,9 @@ def _placed(verdict: Verdict, added: tuple[Residual, ...], axes: Axes) -> Verdic
     if apart and axes.queries != axes.keys:
         return Verdict(code="segments-place", mask=band, reason=f"the segments of queries are read at another place than the band {band} stands: "
                        f"{apart[0].condition}")  # fmt: skip
-    return replace(verdict, residuals=(*verdict.residuals, *added))
+    assumed = tuple(binary_data(residual) for residual in added if residual.kind is ResidualKind.KEY_PADDING)
+    limits = replace(verdict.limits, zero_or_one=assumed)
+    return replace(verdict, residuals=(*verdict.residuals, *added), limits=limits)
 
 
 def _holds(visible: Expr, claim: Expr, axes: Axes) -> Limits | None:

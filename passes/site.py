@@ -29,6 +29,7 @@ from swacompile.index_expr import (
     real_add,
     walk,
 )
+from swacompile.passes.binary_padding import integers_that_hide
 from swacompile.passes.index_tensor import IndexTensor, equality_text, substitute_sizes
 from swacompile.passes.logits import HUGE, Case
 from swacompile.passes.packed_positions import with_indices_for_positions
@@ -100,7 +101,7 @@ def split(found: tuple[Case, ...], scores_dtype: str, weights_dtype: str, *, sco
     if len(scores) > 1:
         raise NotReadable("several-scores", f"visible scores come in {len(scores)} forms, expected one")
     ((scale, softcap),) = scores
-    return Split(visible=visible, zeroed=zeroed, scale=scale, softcap=softcap, bias=_bias(added))
+    return Split(visible=visible, zeroed=zeroed, scale=scale, softcap=softcap, bias=_bias(added, scores_dtype))
 
 
 def _never(condition: Expr) -> bool:
@@ -108,7 +109,7 @@ def _never(condition: Expr) -> bool:
     return not is_possible(condition)
 
 
-def _bias(added: list[tuple[Expr, Expr]]) -> Expr | None:
+def _bias(added: list[tuple[Expr, Expr]], scores_dtype: str) -> Expr | None:
     """What is added to visible scores, from (condition, sum of terms) a case; None for nothing."""
     *others, (_, bias) = added
     for condition, term in reversed(others):
@@ -116,7 +117,7 @@ def _bias(added: list[tuple[Expr, Expr]]) -> Expr | None:
     huge = (
         node for node in walk(bias) if node.is_const and node.sort is Sort.REAL and abs(const_real(node) or 0.0) >= HUGE
     )
-    if (number := next(huge, None)) is not None:
+    if (number := next(huge, None)) is not None and integers_that_hide(bias, scores_dtype) is None:
         raise NotReadable(
             "unreadable-mask",
             f"{number} is multiplied by something that is no choice between numbers, and added to the scores",

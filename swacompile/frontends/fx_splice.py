@@ -264,8 +264,9 @@ class _Splicer:
         node = self.graph.call_function(target, args, kwargs or {})  # type: ignore[arg-type]  # fx's Argument is recursive
         node.meta.update({name: old.meta[name] for name in KEPT_META if name in old.meta})
         given: Any = (args, kwargs or {})
-        values = fx.node.map_arg(given, _val)
-        with _val(old).fake_mode:  # type: ignore[attr-defined]  # a FakeTensor
+        mode = _val(old).fake_mode  # type: ignore[attr-defined]  # a FakeTensor
+        values = fx.node.map_arg(given, lambda arg: _in_mode(arg.meta["val"], mode))
+        with mode:
             node.meta["val"] = target(*values[0], **values[1])
         return node
 
@@ -273,6 +274,14 @@ class _Splicer:
 def _val(node: fx.Node) -> Tensor:
     found: Tensor = node.meta["val"]
     return found
+
+
+def _in_mode(val: Any, mode: Any) -> Any:
+    """The metadata of a node for a fake mode: a graph that was traced on real tensors has one mode a node."""
+    if not isinstance(val, Tensor) or val.fake_mode is mode:  # type: ignore[attr-defined]  # a FakeTensor
+        return val
+    with mode:
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
 def _memory(node: fx.Node) -> fx.Node:

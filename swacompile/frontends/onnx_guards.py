@@ -39,7 +39,7 @@ class OnnxGuards:
 
     def operands(self, before: ir.Node, replacement: Replacement, values: list[ir.Value]) -> list[ir.Value]:
         """Query, key and value (batch, heads, sequence, size), behind the conditions of their attention."""
-        if not replacement.guards.conditions:
+        if not replacement.guards.words:
             return values
         checked, site = self._checked(before, replacement, values), replacement.site
         sizes = (site.head_size, site.head_size, site.value_head_size)
@@ -97,9 +97,13 @@ class _Writer:
             self._size(Extent(value=role, axis=axis))
             for role, axis in ((Role.QUERY, BATCH), (Role.QUERY, SEQUENCE), (Role.KEY, SEQUENCE))
         )
-        if guards.conditions:
-            broken = reduce(self._sum, (self._broken(guard.condition) for guard in guards.conditions))
-            words = "expects " + ", ".join(guard.words for guard in guards.conditions)
+        parts = [
+            *(self._broken(guard.condition) for guard in guards.conditions),
+            *map(self._others, guards.zero_or_one),
+        ]
+        if parts:
+            broken = reduce(self._sum, parts)
+            words = "expects " + ", ".join(guards.words)
             zero = self.splicer.add(self.before, "Gather", [self._number(0), broken], name=words)
             batch = self._sum(batch, zero)
         return Checked(batch=batch, queries=queries, keys=keys)
@@ -108,6 +112,16 @@ class _Writer:
         value = self.operands[extent.value] if isinstance(extent.value, Role) else self.splicer.values[extent.value]
         shape = self.splicer.once(self.before, str(value.name), "Shape", [value])
         return self._add("Gather", shape, self._number(extent.axis))
+
+    def _others(self, value: str) -> ir.Value:
+        """How many elements are neither 0 nor 1."""
+        elements = self.splicer.values[value]
+        assert elements.dtype is not None
+        flags = self.splicer.add(self.before, "Cast", [elements], {"to": int(ir.DataType.BOOL)})
+        back = self.splicer.add(self.before, "Cast", [flags], {"to": int(elements.dtype)})
+        other = self._add("Not", self._add("Equal", elements, back))
+        ones = self.splicer.add(self.before, "Cast", [other], {"to": int(ir.DataType.INT64)})
+        return self._add("Reshape", self._add("ReduceSum", ones), self._number(1))
 
     def _broken(self, condition: Expr) -> ir.Value:
         """0 where the condition holds, a number above 0 where it does not."""
