@@ -96,9 +96,10 @@ def _plan(
     for residual in proof.residuals:
         grown = _with_operand(reading, plan, residual) if residual.kind in residuals else None
         if grown is None:
-            code = "residual" if residual.kind in PER_KEY else str(residual.kind)
             words = _WORDS[residual.kind].format(condition=residual.condition, band=mask, data=residual.data)
-            return _refused(site, proof, code, words)
+            if residual.kind in PER_KEY:
+                return _refused(site, proof, "residual", words)
+            return _refused(site, proof, str(residual.kind), words)
         plan = grown
     return plan
 

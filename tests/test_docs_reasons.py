@@ -13,7 +13,7 @@ RAISED = {"NotReadable": 0, "NoGrid": 0, "_Refused": 0, "_refused": 2}
 VALUES = ("Verdict", "Refutation")
 # Codes that are made from a kind's or a residual's name.
 MADE = {str(kind).replace("_", "-") for kind in (Kind.CHUNKED, Kind.DILATED, Kind.PREFIX, Kind.GLOBAL_PLUS_BAND)} | {
-    str(kind) for kind in (ResidualKind.BIAS, ResidualKind.ALIBI)
+    str(kind) for kind in (ResidualKind.BIAS, ResidualKind.ALIBI, ResidualKind.OFFSET)
 }
 
 

@@ -27,7 +27,7 @@ namespace {
 
 void* load_operator(const std::string& folder) {
   const std::string path = folder + "/libswacompile_torch.so";
-  if (void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) return handle;
+  if (void* handle = dlopen(path.c_str(), RTLD_NOW)) return handle;
   throw std::runtime_error(dlerror());
 }
 

@@ -210,7 +210,7 @@ class _Splicer:
         while _val(node).dim() > 1:  # one head
             node = self._call(old, aten.select.int, (node, 0, 0))
         if tuple(_val(node).shape) != (heads,):
-            raise _Refused("head-form", f"expected {heads} numbers in {value}, found shape {tuple(_val(node).shape)}")
+            raise _Refused("sink-form", f"expected {heads} numbers in {value}, found shape {tuple(_val(node).shape)}")
         return self._converted(old, node, dtype)
 
     def _slopes(self, old: fx.Node, query: fx.Node, slopes: Slopes | None, heads: int) -> fx.Node | None:
