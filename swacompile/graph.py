@@ -6,7 +6,7 @@ source name and is opaque: its result is run-time data. Values are named as in t
     sources      iota(start, limit, step), full(shape, fill), shape(x) [start, end], size(x), sizes [values: expressions, scalar]
     elementwise  add sub mul div truncdiv floordiv mod neg abs min max pow sqrt reciprocal exp log tanh floor ceil trunc round sign relu
                  lt le gt ge eq ne and or xor not bit_and bit_or bit_xor where isnan isinf nan_to_num cast [dtype] identity
-    views        reshape(x, shape) [allowzero], expand(x, shape), unsqueeze [axes], squeeze [axes or None], transpose [perm],
+    views        reshape(x, shape) [allowzero], expand(x, shape), unsqueeze [axes], squeeze [axes or None], transpose [perm, or last_two],
                  slice(x, starts, ends, axes, steps) [exact: the bounds lie inside], flatten [axis], concat [axis], flip [axes],
                  pad(x, amounts, number, axes) [mode]
     lookups      gather(x, indices) [axis], gather_nd(x, indices) [batch_dims], index(x, indices...) [axes], trilu(x, k) [upper], cumsum(x, axis)

@@ -41,6 +41,8 @@ def _permute(ops: Operands) -> tuple[Index, IndexMap]:
     operand = ops.tensor(0)
     perm = tuple(normal_axis(axis, operand.rank) for axis in ops.integers("perm")) if "perm" in ops.node.attrs else None
     perm = perm or tuple(reversed(range(operand.rank)))
+    if ops.integer("last_two", 0):
+        perm = (*range(operand.rank - 2), operand.rank - 1, operand.rank - 2)
     inverse = [perm.index(axis) for axis in range(operand.rank)]
     return tuple(operand.shape[axis] for axis in perm), lambda indices: tuple(indices[i] for i in inverse)
 

@@ -23,6 +23,7 @@ from swacompile.graph import Constant, Node, TensorType
 from swacompile.index_expr import Expr, const_int
 
 INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap", "invoke_subgraph", "tag_activation_checkpoint", "wrap_activation_checkpoint", "hints_wrapper")  # fmt: skip
+LOOKS_LIKE_ATTENTION = ("softmax", "_softmax", "scaled_dot_product_attention")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,7 +126,12 @@ class Translation:
         levels = sorted({level for operand in operands for level in operand.levels})
         target = node.target
         name = str(target) if isinstance(target, torch._ops.OpOverload) else base_name(target)
-        return Result(op=name, inputs=tuple(operand.name for operand in operands), levels=tuple(levels))
+        inside = tuple(f"{self.prefix}{found}" for module in self._graphs_of(node) for found in _attentions_in(module))
+        attrs = {"attentions_inside": inside} if inside else {}
+        return Result(op=name, inputs=tuple(operand.name for operand in operands), levels=tuple(levels), attrs=attrs)
+
+    def _graphs_of(self, node: fx.Node) -> Iterable[fx.GraphModule]:
+        return (self._modules[operand] for operand in node.all_input_nodes if operand in self._modules)
 
     def _emit_result(self, node: fx.Node, name: str, result: Result) -> Value:
         outputs = self._output_names(node, name)
@@ -343,6 +349,11 @@ def _flat(results: object) -> Iterable[object]:
         yield from _flat(list(results.values()))
     else:
         yield results
+
+
+def _attentions_in(module: fx.GraphModule) -> Iterable[str]:
+    """Names of nodes in a branch's or loop's graph that are attentions by their looks."""
+    return (node.name for node in module.graph.nodes if base_name(node.target) in LOOKS_LIKE_ATTENTION)
 
 
 def _gives_nothing(node: fx.Node) -> bool:

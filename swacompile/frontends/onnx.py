@@ -16,6 +16,7 @@ from swacompile.graph import Constant, Graph, Node, TensorType
 from swacompile.index_expr import Expr, integer, size
 
 OLDEST_OPSET = 13
+MAX_STEPS = 4  # Operations between a softmax and the product that its weights go to, in graphs that are not read.
 
 # ONNX operator -> op of the neutral graph, where attributes and operands carry over as they are.
 SAME_MEANING = {
@@ -212,9 +213,58 @@ def _translate_node(node: ir.Node, position: int, constants: dict[str, Constant]
         return ()
     if node.domain in ("", "ai.onnx") and (special := SPECIAL.get(node.op_type)):
         return special(Node(op=node.op_type, name=name, inputs=inputs, outputs=outputs, attrs=attrs), constants)
+    if inside := tuple(_attentions_inside(node)):
+        attrs["attentions_inside"] = inside
+    if (node.domain, node.op_type) == ("com.microsoft", "FusedMatMul") and not (
+        attrs.get("transBatchA") or attrs.get("transBatchB")
+    ):
+        return _fused_product(Node(op="matmul", name=name, inputs=inputs, outputs=outputs, attrs=attrs), constants)
     known = node.domain in ("", "ai.onnx") and SAME_MEANING.get(node.op_type)
     op = known or (f"{node.domain}::{node.op_type}" if node.domain else node.op_type)
     return (Node(op=op, name=name, inputs=inputs, outputs=outputs, attrs=attrs),)
+
+
+def _fused_product(node: Node, constants: dict[str, Constant]) -> Iterable[Node]:
+    """alpha * (A @ B), each with its last two axes exchanged where asked: ONNX Runtime's optimizer makes it."""
+    operands = []
+    for value, flag in zip(node.inputs, ("transA", "transB"), strict=True):
+        turned = f"{node.outputs[0]}.{flag}"
+        if node.attrs.get(flag):
+            yield Node(
+                op="transpose",
+                name=node.name,
+                inputs=(value,),
+                outputs=(turned,),
+                attrs={"last_two": True, "made": True},
+            )
+        operands.append(turned if node.attrs.get(flag) else value)
+    product = f"{node.outputs[0]}.product"
+    yield Node(op="matmul", name=node.name, inputs=tuple(operands), outputs=(product,), attrs={"made": True})
+    alpha = np.asarray(node.attrs.get("alpha", 1.0), np.float32)
+    factor = _inline_constant(constants, f"{node.outputs[0]}.alpha", alpha)
+    yield Node(op="mul", name=node.name, inputs=(product, factor), outputs=node.outputs)
+
+
+def _attentions_inside(node: ir.Node) -> Iterator[str]:
+    """Names of nodes in a node's own graphs that are attentions by their looks: a softmax whose result is soon multiplied."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    for inner in (inner for graph in graphs for inner in ir.traversal.RecursiveGraphIterator(graph)):
+        if inner.op_type == "Attention" or (inner.op_type == "Softmax" and _is_multiplied(inner)):
+            yield inner.name or inner.op_type
+
+
+def _is_multiplied(node: ir.Node) -> bool:
+    """Whether a node's result meets a product of two computed values after a few operations."""
+    values = list(node.outputs)
+    for _ in range(MAX_STEPS):
+        users = [user for value in values for user in value.consumers()]
+        if any(
+            user.op_type in ("MatMul", "Einsum") and not any(v.is_initializer() for v in user.inputs if v)
+            for user in users
+        ):
+            return True
+        values = [value for user in users for value in user.outputs]
+    return False
 
 
 def _einsum(node: ir.Node, position: int) -> Iterable[Node]:

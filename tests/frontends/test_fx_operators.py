@@ -84,6 +84,20 @@ OPERATORS: dict[str, Function] = {
     "to_bool": lambda s, x, m: x.bool(),
     "bool_to_int": lambda s, x, m: m.long() * 3,
     "type_as": lambda s, x, m: m.type_as(x),
+    "arange_down": lambda s, x, m: torch.arange(7, -2, -3) + torch.arange(2, -1, -1),
+    "square": lambda s, x, m: x.square() + x**2,
+    "relu_sign": lambda s, x, m: x.relu() * 10 + x.sign(),
+    "round": lambda s, x, m: (x.float().floor() + x.float().ceil()).long() + torch.round(x.float()).long(),
+    "bits": lambda s, x, m: (
+        (m.long() & (x > 3).long()) + 2 * (m.int() | (x > 3).int()) + 4 * (m.long() ^ (x > 3).long())
+    ),
+    "meshgrid": lambda s, x, m: (
+        torch.meshgrid(x[0], x[:, 1], indexing="ij")[1] - torch.meshgrid(x[:, 2], x[1], indexing="xy")[0].t()[:, :1].t()
+    ),
+    "flip": lambda s, x, m: x.flip(0, -1) + x.flip(1),
+    "pad": lambda s, x, m: torch.nn.functional.pad(x, (1, 2, 0, 1), value=7),
+    "pad_cuts": lambda s, x, m: torch.nn.functional.pad(x, (-1, 1)),
+    "written_where": lambda s, x, m: (x + 0).index_put((m,), torch.tensor(9)),
     "arange": lambda s, x, m: torch.arange(2, 11, 3) + torch.arange(3),
     "full": lambda s, x, m: torch.full((2, 3), 4) + x.new_ones(3) + torch.zeros_like(x)[:1, :3],
     "view": lambda s, x, m: x.view(2, 6),
