@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -376,19 +376,24 @@ class _Session:
         order = [(i, job) for round_ in zip(*todo, strict=True) for i, job in enumerate(round_)]
         with self._out.open("a") as file, ThreadPoolExecutor(self._parallel) as pool:
             running = {pool.submit(self._contained, job): i for i, job in order}
-            finished_count = 0
-            for future in as_completed(running):
-                i = running[future]
-                results[i].append(future.result())
-                if len(results[i]) < len(todo[i]):
-                    continue
-                finished_count += 1
-                record = finished(todo[i][0]["record"], _merged(results[i]), device=self._device, threads=self._threads)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                print(f"{finished_count}/{len(todo)} {_shown(record)}", flush=True)
+            try:
+                for future in as_completed(running):
+                    i = running[future]
+                    results[i].append(future.result())
+                    if len(results[i]) == len(todo[i]):
+                        whole = sum(len(found) == len(turn) for found, turn in zip(results, todo, strict=True))
+                        print(f"{whole}/{len(todo)} {self._write(file, todo[i][0], results[i])}", flush=True)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
         return len(todo)
+
+    def _write(self, file: TextIO, job: Job, results: list[Job]) -> str:
+        """Write a record, and give what is shown of it."""
+        record = finished(job["record"], _merged(results), device=self._device, threads=self._threads)
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        return _shown(record)
 
     def _contained(self, job: Job) -> Job:
         return run_contained(job, self._folder, threads=self._threads, seconds=self._seconds)

@@ -1,5 +1,9 @@
-"""Workloads of real models, as their published configurations give head sizes, groups and windows, and of a model file."""
+"""Workloads of real models, as their published configurations give head sizes, groups and windows, and of a model file.
 
+swacompile tune $(python -m swacompile.tuning.shapes bf16 4096 32768) --target nvidia_h100 --export-bundle work.tar --trials 9
+"""
+
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +63,18 @@ MODELS: tuple[ModelShape, ...] = (
 )  # fmt: skip
 
 
+def model_workloads(dtype: DType, lengths: Iterable[int]) -> tuple[Workload, ...]:
+    """Prefill and decode of all MODELS at some lengths, each once. Encoders do not decode."""
+    wanted = [
+        model.workload(dtype, length, decode=decode)
+        for model in MODELS
+        for length in lengths
+        for decode in (False, True)
+        if not (decode and Feature.TWO_SIDED in model.features)
+    ]
+    return tuple(dict.fromkeys(wanted))
+
+
 def workloads_of(replaced: Iterable[Replacement]) -> tuple[Workload, ...]:
     """What a model's replaced attentions ask for, each once: the call as it is exported, or prefill and decode where lengths are open."""
     return tuple(dict.fromkeys(workload for replacement in replaced for workload in _workloads(replacement)))
@@ -116,3 +132,7 @@ def _features(replacement: Replacement) -> frozenset[Feature]:
         Feature.ZEROED: replacement.proof.kind is Kind.ZEROED,
     }
     return frozenset(feature for feature, is_there in present.items() if is_there)
+
+
+if __name__ == "__main__":
+    print(*model_workloads(DType(sys.argv[1]), map(int, sys.argv[2:])))

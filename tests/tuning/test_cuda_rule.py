@@ -45,7 +45,7 @@ def test_families_follow_the_architecture():
         ({"keys_per_tile": 256}, "bytes of shared memory, a block has at most 232448"),
         ({"blocks_per_sm": 3, "consumers": 1, "key_stages": 2, "value_stages": 2}, "3 blocks need"),
         ({"pack": 8}, "8 heads a tile, a group has 4"),
-        ({"keys_per_tile": 128, "key_stages": 2, "value_stages": 2, "stage_output": 0}, "a thread needs"),
+        ({"keys_per_tile": 176, "key_stages": 2, "value_stages": 2, "stage_output": 0}, "a thread needs"),
         ({"pingpong": 0, "consumers": 1, "keys_per_tile": 48}, "the same kernel as with pingpong=1"),
         ({"keys_per_tile": 24}, "multiple of 16"),
         ({"nothing": 1}, "expected wgmma with keys_per_tile"),

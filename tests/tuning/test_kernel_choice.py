@@ -7,7 +7,7 @@ from swacompile.target import host_targets, target_named
 from swacompile.tuning import database as database_module
 from swacompile.tuning.database import Database, Level
 from swacompile.tuning.kernel_choice import choose_cpu_kernels
-from swacompile.tuning.shapes import MODELS, workloads_of_model
+from swacompile.tuning.shapes import MODELS, model_workloads, workloads_of_model
 from swacompile.workload import DType, Workload
 from tests.tuning.records import config, record
 
@@ -54,6 +54,9 @@ def test_a_model_s_lengths(corpus):
 
 
 def test_published_shapes_are_workloads():
+    wanted = model_workloads(DType.BF16, (4096, 32768))
+    assert len(set(wanted)) == len(wanted) and Workload.parse("bf16-d64-v64-g8-w128-n4096-sinks-decode") in wanted
+    assert not any("two_sided-decode" in str(workload) for workload in wanted)
     for model in MODELS:
         assert model.heads % model.kv_heads == 0
         prefill, decode = (model.workload(DType.F32, 4096, decode=decode) for decode in (False, True))
