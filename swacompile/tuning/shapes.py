@@ -4,7 +4,7 @@ swacompile tune $(python -m swacompile.tuning.shapes bf16 4096 32768) --target n
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ MODELS: tuple[ModelShape, ...] = (
 )  # fmt: skip
 
 
-def model_workloads(dtype: DType, lengths: Iterable[int]) -> tuple[Workload, ...]:
+def model_workloads(dtype: DType, lengths: Sequence[int]) -> tuple[Workload, ...]:
     """Prefill and decode of all MODELS at some lengths, each once. Encoders do not decode."""
     wanted = [
         model.workload(dtype, length, decode=decode)
@@ -135,4 +135,4 @@ def _features(replacement: Replacement) -> frozenset[Feature]:
 
 
 if __name__ == "__main__":
-    print(*model_workloads(DType(sys.argv[1]), map(int, sys.argv[2:])))
+    print(*model_workloads(DType(sys.argv[1]), [int(text) for text in sys.argv[2:]]))
