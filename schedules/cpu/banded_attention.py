@@ -11,6 +11,7 @@ from swacompile.schedules.cpu.emit import (
     Buffer,
     Expr,
     ceil_div,
+    clamp,
     either,
     equal,
     f32,
@@ -33,6 +34,8 @@ from swacompile.workload import DType
 
 CHUNKS = 64
 """Most pieces that the work is cut into for the host's threads; a piece allocates scratch once."""
+PRODUCTS_WORTH_A_CHUNK = 200_000
+"""Multiply-adds, some 10 us, beside which the allocation of scratch is nothing."""
 SHORT_QUERIES = 1
 """With no more queries than this, a row at a time beats a tile."""
 
@@ -53,11 +56,17 @@ def _emit_function(problem: Problem, tiles: Tiles) -> None:
     value_sum = _sum_values(problem, tiles)
     short = let(problem.queries <= SHORT_QUERIES)
     jobs = select(short, _row_jobs(problem, tiles), _tile_jobs(problem, tiles))
-    chunks = minimum(jobs, i64(CHUNKS))
+    chunks = clamp(tirx.truncdiv(_products(problem), i64(PRODUCTS_WORTH_A_CHUNK)), i64(1), minimum(jobs, i64(CHUNKS)))
     with builder.parallel(i64(0), chunks) as chunk:
         worker = _Worker(problem, tiles, value_sum)
         with for_range(tirx.truncdiv(chunk * jobs, chunks), tirx.truncdiv((chunk + 1) * jobs, chunks)) as job:
             worker.emit(job, short)
+
+
+def _products(problem: Problem) -> Expr:
+    """Multiply-adds of the call, where every query sees a whole window."""
+    seen = clamp(problem.left + problem.right + 1, i64(1), problem.keys)
+    return let(problem.batch * problem.heads * problem.queries * seen * (problem.head_size + problem.value_size))
 
 
 def _tile_count(problem: Problem, tiles: Tiles) -> Expr:
