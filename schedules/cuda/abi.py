@@ -99,7 +99,7 @@ def bind_operands(spec: KernelSpec, call: Call) -> Operands:
         return builder.match_buffer(source, (T.int32(), T.int32()), dtype, align=1 if dtype == "uint8" else 8)
 
     def vector(source: Any, dtype: str) -> Any:
-        return builder.match_buffer(source, (T.int32(),), dtype, align=2)
+        return builder.match_buffer(source, (T.int32(),), dtype, align=4 if dtype == "float32" else 2)
 
     def cube(source: Any) -> Any:
         return builder.match_buffer(source, (T.int32(), T.int32(), T.int32()), "float32", align=4)
@@ -108,7 +108,12 @@ def bind_operands(spec: KernelSpec, call: Call) -> Operands:
     if features.bias:
         shape = (T.int64(), T.int64(), T.int64(), T.int64())
         bias_buffer = builder.match_buffer(
-            bias, shape, spec.dtype, strides=[T.int64(), T.int64(), T.int64(), T.int64(1)], align=2, layout=None
+            bias,
+            shape,
+            spec.dtype,
+            strides=[T.int64(), T.int64(), T.int64(), T.int64(1)],
+            align=spec.element_bytes,
+            layout=None,
         )
     return Operands(
         key_padding=matrix(key_padding, "uint8") if features.key_padding else None,

@@ -45,7 +45,7 @@ Rule = Callable[[KernelSpec, Shape], Config | None]
 def choose(spec: KernelSpec, arch: CudaArch, shape: Shape) -> Config:
     """Tiles of the best family of `arch`. Raises ValueError where none fits its shared memory."""
     for family in arch.families:
-        for rule in RULES[family]:
+        for rule in RULES[family] if spec.dtype in DTYPES_OF[family] else ():
             config = rule(spec, shape)
             if config is not None and config.shared_bytes(spec) <= arch.shared_per_block:
                 return config
@@ -106,16 +106,34 @@ def wgmma_three_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
         return None
     if widest > 96:
         return WgmmaConfig(
-            keys_per_tile=64, consumers=3, key_stages=3, value_stages=3, pack=shape.pack, stage_output=True
+            keys_per_tile=80,
+            consumers=3,
+            key_stages=3,
+            pack=shape.pack,
+            pingpong=False,
+            overlap=True,
+            query_steps=2,
+            stage_output=True,
         )
-    return WgmmaConfig(keys_per_tile=112, consumers=3, pack=shape.pack, stage_output=True)
+    if widest > 64:
+        return WgmmaConfig(keys_per_tile=112, consumers=3, pack=shape.pack, pingpong=False, stage_output=True)
+    # Exponentials take as long as products: here turns and overlap pay, and a narrower first tile saves both.
+    return WgmmaConfig(
+        keys_per_tile=112,
+        consumers=3,
+        pack=shape.pack,
+        overlap=True,
+        query_steps=4,
+        tail_keys=64,
+        stage_output=True,
+    )
 
 
 def wgmma_two_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
     """232 registers a thread, for wide heads and for features. The widths are those that ptxas fits without spills."""
     widest = _widest(spec)
     if _is_plain(spec):
-        return WgmmaConfig(keys_per_tile=64, pack=shape.pack)
+        return WgmmaConfig(keys_per_tile=64, pack=shape.pack, overlap=True, query_steps=6)
     if widest > 192:
         keys = 32 if len(spec.features.names) <= FEW_FEATURES else 16
         return WgmmaConfig(keys_per_tile=keys, consumers=1, pack=shape.pack)
@@ -144,7 +162,23 @@ def mma_small(spec: KernelSpec, shape: Shape) -> Config | None:
     return MmaConfig(keys_per_tile=32 if _widest(spec) <= 128 else 16, pack=shape.pack)
 
 
+def mma_float32(spec: KernelSpec, shape: Shape) -> Config | None:
+    """Twice the bytes and, in parts, thrice the products."""
+    if spec.dtype != "float32":
+        return None
+    pack = shape.pack_decoding if spec.features.split else shape.pack
+    return MmaConfig(keys_per_tile=32 if _widest(spec) <= 128 and _is_plain(spec) else 16, pack=pack)
+
+
+def mma_float32_small(spec: KernelSpec, shape: Shape) -> Config | None:
+    """For 99 KiB."""
+    if spec.dtype != "float32":
+        return None
+    return MmaConfig(keys_per_tile=16, warps=4 if _widest(spec) <= 192 else 2, pack=shape.pack)
+
+
+DTYPES_OF = {"wgmma": ("float16", "bfloat16"), "mma": ("float16", "bfloat16", "float32")}
 RULES: dict[str, tuple[Rule, ...]] = {
     "wgmma": (wgmma_split, wgmma_short_packed, wgmma_short, wgmma_three_consumers, wgmma_two_consumers),
-    "mma": (mma_two_row_blocks, mma_any, mma_small),
+    "mma": (mma_float32, mma_float32_small, mma_two_row_blocks, mma_any, mma_small),
 }

@@ -95,7 +95,8 @@ class Tile:
         if features.chunked:
             start[0] = T.max(start[0], T.floordiv(first, sizes.chunk) * sizes.chunk)
             stop[0] = T.min(stop[0], (T.floordiv(last, sizes.chunk) + 1) * sizes.chunk)
-        count = fixed(ceil_div(T.max(stop[0] - start[0], 0), keys_per_tile))
+        self.keys = fixed(T.max(stop[0] - start[0], 0))
+        count = fixed(ceil_div(self.keys, keys_per_tile))
         if features.split:
             lowest = fixed(div(count * self.split, sizes.splits))
             self.count = fixed(div(count * (self.split + 1), sizes.splits) - lowest)
@@ -123,6 +124,8 @@ class Rows:
         self._row: Registers = scalar(row)
 
     def query(self, half: int) -> Any:
+        if 8 % self._tile.pack == 0:
+            return self._tile.first_query + div(self._row[0], self._tile.pack) + 8 * half // self._tile.pack
         return self._tile.first_query + div(self._row[0] + 8 * half, self._tile.pack)
 
     def position(self, half: int) -> Any:

@@ -56,7 +56,6 @@ class Scores:
         sizes: Sizes,
         operands: Operands,
         *,
-        keys_per_tile: int,
         lane: Any,
         scale: Any,
         softcap: Any,
@@ -64,13 +63,15 @@ class Scores:
         self._features: Features = spec.features
         self._sizes = sizes
         self._operands = operands
-        self._width = keys_per_tile
         self._lane_column = fixed((lane % 4) * 2)
         self._scale = scale
         self._softcap = softcap
 
     def apply(self, values: Registers, tile: Tile, rows: Rows, key: Any) -> None:
-        """`key` is the position of the tile's first key. Leaves hidden scores at minus infinity."""
+        """`key` is the position of the tile's first key; a thread holds half as many values as the tile has keys.
+
+        Leaves hidden scores at minus infinity.
+        """
         first = fixed(key + self._lane_column)
         if self._features.changes_scores:
             self._modify(values, tile, rows, first)
@@ -89,7 +90,7 @@ class Scores:
             head = fixed(rows.head(half))
             position = fixed(rows.position(half))
             slope = fixed(self._operands.alibi[head] * f32(LOG2_E), "float32") if features.alibi else None
-            for element, column, _ in columns(self._width):
+            for element, column, _ in columns(2 * values.length):
                 at = element + 2 * half
                 if features.softcap:
                     values[at] = cap - f32(2.0) * cap / (f32(1.0) + T.exp2(values[at] * rate))
@@ -105,7 +106,7 @@ class Scores:
 
     def _hide_single_keys(self, values: Registers, tile: Tile, rows: Rows, first: Any) -> None:
         segments = [self._segment_of(tile, rows, half) for half in range(2)] if self._features.segments else None
-        for element, column, _ in columns(self._width):
+        for element, column, _ in columns(2 * values.length):
             key = fixed(T.min(first + column, self._sizes.keys - 1))
             visible = T.bool(True)
             if self._features.key_padding:
@@ -127,29 +128,27 @@ class Scores:
         sizes = self._sizes
         top = tile.first_query + sizes.offset
         bottom = top + (tile.positions - 1)
-        touches_edge = any_of(
-            key < bottom - sizes.left, key + (self._width - 1) > T.min(top + sizes.right, sizes.keys - 1)
-        )
+        last = key + (2 * values.length - 1)
+        touches_edge = any_of(key < bottom - sizes.left, last > T.min(top + sizes.right, sizes.keys - 1))
         if self._features.chunked:
             start = fixed(T.floordiv(top, sizes.chunk) * sizes.chunk)
             touches_edge = any_of(
                 touches_edge,
                 bottom >= start + sizes.chunk,
                 key < start,
-                key + (self._width - 1) >= start + sizes.chunk,
+                last >= start + sizes.chunk,
             )
         with When(touches_edge):
             for half in range(2):
-                position = fixed(rows.position(half))
+                # Differences to `first`, which changes from tile to tile, so that no bound stays in a register.
+                position = fixed(rows.position(half) - first)
                 low = scalar(position - sizes.left)
-                high = scalar(T.min(position + sizes.right, sizes.keys - 1))
+                high = scalar(T.min(position + sizes.right, sizes.keys - 1 - first))
                 if self._features.chunked:
-                    start = fixed(T.floordiv(position, sizes.chunk) * sizes.chunk)
+                    start = fixed(T.floordiv(rows.position(half), sizes.chunk) * sizes.chunk - first)
                     low[0] = T.max(low[0], start)
                     high[0] = T.min(high[0], start + sizes.chunk - 1)
-                low[0] = low[0] - first
-                high[0] = high[0] - first
-                for element, column, _ in columns(self._width):
+                for element, column, _ in columns(2 * values.length):
                     at = element + 2 * half
                     inside = all_of(low[0] <= column, high[0] >= column)
                     values[at] = T.Select(inside, values[at], f32(MINUS_INFINITY))
@@ -158,11 +157,8 @@ class Scores:
 class OnlineSoftmax:
     """Running maximum and sum of two rows a thread. Scores come in raw, `scale` (log2 units) is applied here."""
 
-    def __init__(
-        self, features: Features, *, keys_per_tile: int, scale: Any, polynomial_every: int = 0, degree: int = 3
-    ) -> None:
+    def __init__(self, features: Features, *, scale: Any, polynomial_every: int = 0, degree: int = 3) -> None:
         self._zeroed = features.zeroed
-        self._width = keys_per_tile
         self._scale = f32(1.0) if features.changes_scores else scale
         self._polynomial_every = polynomial_every
         self._degree = degree
@@ -195,13 +191,16 @@ class OnlineSoftmax:
             self.maximum[half] = T.Select(grows, peak[0], self.maximum[half])
             self.total[half] = self.total[half] * self.factor[half] + self._exponentiate(values, half)[0]
 
+    def must_rescale(self) -> Any:
+        """Whether a maximum of the warp's rows grew."""
+        return any_lane(any_of(self.factor[0] != f32(1.0), self.factor[1] != f32(1.0)))
+
     def rescale(self, outputs: Registers) -> None:
-        with When(any_lane(any_of(self.factor[0] != f32(1.0), self.factor[1] != f32(1.0)))):
-            multiply_rows(outputs, self.factor)
+        multiply_rows(outputs, self.factor)
 
     def _row_maximum(self, values: Registers, half: int) -> Registers:
         peak = scalar(values[2 * half], "float32")
-        for element, _, number in columns(self._width):
+        for element, _, number in columns(2 * values.length):
             if number:
                 peak[0] = T.max(peak[0], values[element + 2 * half])
         reduce_quad(peak, T.max)
@@ -215,7 +214,7 @@ class OnlineSoftmax:
     def _exponentiate(self, values: Registers, half: int) -> Registers:
         shift = self.scaled_maximum(half)
         outside = fixed(T.exp2(-shift), "float32") if self._zeroed else None
-        for element, _, number in columns(self._width):
+        for element, _, number in columns(2 * values.length):
             at = element + 2 * half
             hidden = values[at] == f32(MINUS_INFINITY)
             weight = self._exp2(values[at] * self._scale - shift, number)
@@ -224,7 +223,7 @@ class OnlineSoftmax:
             values[at] = weight if outside is None else T.Select(hidden, f32(0.0), weight - outside)
         # Two chains, half as deep.
         even, odd = scalar(values[2 * half], "float32"), scalar(values[2 * half + 1], "float32")
-        for element, _, number in columns(self._width):
+        for element, _, number in columns(2 * values.length):
             if number > 1:
                 chain = odd if number % 2 else even
                 chain[0] = chain[0] + values[element + 2 * half]
@@ -293,8 +292,8 @@ def add_sink(total: Registers, peak: Registers, weight: Registers, sink: Any) ->
     peak[0] = joint
 
 
-def store_partial(partial: Any, outputs: Registers, tile: Tile, rows: Rows, *, lane: Any, value_size: int) -> None:
-    """Float32 results of one share of the keys, straight from registers."""
+def store_float32(partial: Any, outputs: Registers, tile: Tile, rows: Rows, *, lane: Any, value_size: int) -> None:
+    """Float32 results, or a share's partial ones, straight from registers."""
     batch = tile.split * tile.sizes.batch + tile.batch
     for half in range(2):
         with When(rows.exists(half)):

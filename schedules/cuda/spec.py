@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, fields
 
-DTYPES = {"float16": "f16", "bfloat16": "bf16"}
+DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 MAX_HEAD_SIZE = 256
 ELEMENT_BYTES = 2
+"""Of the types that `wgmma` kernels take."""
 BARRIER_BYTES = 1024
 """More than all barriers of a wgmma kernel, and the alignment of the pool."""
-ROW_PAD = 8
-"""Elements between two rows of an mma kernel's shared memory: 16 bytes, which put an ldmatrix's rows into other banks."""
+ROW_PAD_BYTES = 16
+"""Between two rows of an mma kernel's shared memory: puts the rows of an ldmatrix into different banks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +60,18 @@ class KernelSpec:
     """One kernel's meaning: element type, head sizes and features."""
 
     dtype: str
+    """float32 is multiplied as three products of tf32 halves, good to 2^-20 of a product's terms, unless `tf32`."""
     head_size: int
     value_size: int
     features: Features = Features()
+    tf32: bool = False
+    """float32 operands are rounded to tf32's 10 bits and multiplied once: faster, and as inexact as float16."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"CUDA kernels take {' or '.join(DTYPES)}, not {self.dtype}: cast query, key and value")
+            raise ValueError(f"CUDA kernels take {', '.join(DTYPES)}, not {self.dtype}: cast query, key and value")
+        if self.tf32 and self.dtype != "float32":
+            raise ValueError(f"tf32 is a way to multiply float32, not {self.dtype}: leave it out")
         for name in ("head_size", "value_size"):
             size = getattr(self, name)
             if size % 8 or not 8 <= size <= MAX_HEAD_SIZE:
@@ -74,8 +80,13 @@ class KernelSpec:
     @property
     def symbol(self) -> str:
         """Name of the exported function, before the family's suffix."""
-        parts = ["swa", DTYPES[self.dtype], f"d{self.head_size}", f"v{self.value_size}", *self.features.names]
+        kind = "tf32" if self.tf32 else DTYPES[self.dtype]
+        parts = ["swa", kind, f"d{self.head_size}", f"v{self.value_size}", *self.features.names]
         return "_".join(parts)
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
 
 
 def padded(size: int, multiple: int) -> int:
@@ -95,7 +106,15 @@ class WgmmaConfig:
     """Query heads of one group that share a tile's rows; a power of two."""
     blocks_per_sm: int = 1
     pingpong: bool = True
-    """Two consumers take turns on the tensor cores, so that one's softmax runs beside the other's products."""
+    """Consumers take turns on the tensor cores, so that one's softmax runs beside the others' products."""
+    overlap: bool = False
+    """A consumer's softmax runs beside its own product of values, not only beside other consumers' products."""
+    query_steps: int = 0
+    """Sixteen-column steps of the query that stay in registers, 4 a thread each; products of the others read the query
+    from shared memory again for each key tile.
+    """
+    tail_keys: int = 0
+    """Width of a narrower product for the first key tile, taken where the band's rest fits; 0 = none."""
     stage_output: bool = False
     """Outputs leave through shared memory and TMA; else from registers, which needs no shared memory and takes
     longer.
@@ -112,6 +131,10 @@ class WgmmaConfig:
             raise ValueError(f"pack must be a power of two up to 64 (a warpgroup's rows), not {self.pack}")
         if not 1 <= self.consumers <= 3:
             raise ValueError(f"consumers must be 1, 2 or 3, not {self.consumers}")
+        if self.tail_keys % 16 or not 0 <= self.tail_keys < self.keys_per_tile:
+            raise ValueError(
+                f"tail_keys must be a multiple of 16 below keys_per_tile={self.keys_per_tile}, not {self.tail_keys}"
+            )
 
     @property
     def rows(self) -> int:
@@ -188,9 +211,10 @@ class MmaConfig:
 
     def shared_bytes(self, spec: KernelSpec) -> int:
         """Dynamic shared memory of one thread block."""
-        head, value = padded(spec.head_size, 16), padded(spec.value_size, 16)
-        keys = self.stages * self.keys_per_tile * (head + value + 2 * ROW_PAD)
-        return (self.rows * (head + ROW_PAD) + keys) * ELEMENT_BYTES
+        head, value = (
+            padded(size, 16) * spec.element_bytes + ROW_PAD_BYTES for size in (spec.head_size, spec.value_size)
+        )
+        return self.rows * head + self.stages * self.keys_per_tile * (head + value)
 
 
 Config = WgmmaConfig | MmaConfig

@@ -37,6 +37,12 @@ class Registers:
     def all(self) -> list[Any]:
         return [self.buffer[i] for i in range(self.length)]
 
+    def leading(self, length: int) -> "Registers":
+        """The first `length` of these registers, as an array of their own."""
+        part = object.__new__(Registers)
+        part.buffer, part.length, part.dtype = self.buffer, length, self.dtype
+        return part
+
 
 def scalar(value: Any, dtype: str = "int32") -> Registers:
     """A mutable register holding `value`; read it with `[0]`."""

@@ -3,8 +3,8 @@ products.
 
 A thread block takes tiles until none is left. The producer's warp fills rings of key and value tiles and of query
 tiles; each consumer warpgroup owns 64 rows: S = Q K^T with both operands in shared memory, P from registers times V.
-The product for the next key tile is started before the softmax of the present one ends (two tiles of registers), and
-two consumers alternate on the tensor cores.
+The product of a key tile is started together with that of the earlier tile's values, for which its weights are kept;
+consumers overlap with each other and, where a config says so, a softmax with its own consumer's product.
 
 Shared memory holds rows of 64 or 32 columns in the 128- or 64-byte swizzle. Head sizes are padded to it by TMA, which
 reads zeros beyond an edge and writes nothing there; so do lengths, and a group of query heads that is no multiple of
@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 
 from swacompile.schedules.cuda import abi
 from swacompile.schedules.cuda.problem import Operands, Rows, Sizes, Tile
-from swacompile.schedules.cuda.scores import Finish, OnlineSoftmax, Scores, store_output, store_partial
+from swacompile.schedules.cuda.scores import Finish, OnlineSoftmax, Scores, store_float32, store_output
 from swacompile.schedules.cuda.spec import ELEMENT_BYTES, KernelSpec, WgmmaConfig
 from swacompile.schedules.cuda.trace import (
     LOG2_E,
@@ -32,6 +32,7 @@ from swacompile.schedules.cuda.trace import (
     f32,
     fence_registers,
     fixed,
+    mod,
     pack_pair,
     ptx,
     scalar,
@@ -40,9 +41,10 @@ from swacompile.schedules.cuda.trace import (
 
 MAPPED = ("query", "key", "value", "output")
 FIRST_PINGPONG_BARRIER = 1
-FIRST_STORE_BARRIER = 4
+FIRST_STORE_BARRIER = 5
 LOAD_4D = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
 STORE_5D = "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+LOAD_MATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 STORE_MATRIX = "stmatrix.sync.aligned.m8n8.x4.shared.b16"
 LOAD_5D = "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 
@@ -315,29 +317,26 @@ class Consumer:
         self._k_descriptor = self._describe(memory.k, 4, layout.k_major(), 0)
         self._v_descriptor = self._describe(memory.v, 4, layout.mn_major(config.keys_per_tile), 0)
         self._scores = Registers(config.keys_per_tile // 2, "float32")
-        self._weights = Registers(config.keys_per_tile // 4, "uint32")
+        self._weights = Registers(max(config.keys_per_tile // 4, 4), "uint32")
         self._outputs = Registers(layout.value // 2, "float32")
+        self._query = Registers(max(4 * self._query_steps, 1), "uint32")
         scale_log2 = fixed(body.scale * f32(LOG2_E), "float32")
         self._modifier = Scores(
             spec,
             body.sizes,
             body.operands,
-            keys_per_tile=config.keys_per_tile,
             lane=body.lane,
             scale=body.scale,
             softcap=body.softcap,
         )
         self._softmax = OnlineSoftmax(
             spec.features,
-            keys_per_tile=config.keys_per_tile,
             scale=scale_log2,
             polynomial_every=config.polynomial_every,
             degree=3 if spec.dtype == "bfloat16" else 4,
         )
         self._finish = Finish(spec, body.operands, lane=body.lane)
-        if self._alternates:
-            with When(self._index == 0):
-                ptx("bar.arrive", T.uint32(FIRST_PINGPONG_BARRIER), T.uint32(256))
+        self._give_first_turn()
         body.for_each_tile(self._tile)
         if body.stages_output:
             with When(self._leads):
@@ -349,7 +348,11 @@ class Consumer:
 
     @property
     def _alternates(self) -> bool:
-        return self._body.config.pingpong and self._body.config.consumers == 2
+        return self._body.config.pingpong and self._body.config.consumers > 1
+
+    @property
+    def _query_steps(self) -> int:
+        return min(self._body.config.query_steps, self._body.layout.head // 16)
 
     def _describe(self, buffer: Any, rank: int, high: int, offset: Any) -> Any:
         address = T.cast(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0] * rank)), "uint64")
@@ -359,13 +362,26 @@ class Consumer:
         fields = T.bitwise_or(upper, T.uint64(high & 0xFFFFFFFF))
         return fixed(T.bitwise_or(low, fields) + T.cast(offset, "uint64"), "uint64")
 
+    def _turn(self, action: str, consumer: Any) -> None:
+        """A consumer's barrier opens once it waits there and all others have arrived: they had their turns."""
+        threads = T.uint32(128 * self._body.config.consumers)
+        ptx(f"bar.{action}", T.cast(consumer + FIRST_PINGPONG_BARRIER, "uint32"), threads)
+
+    def _give_first_turn(self) -> None:
+        if self._alternates:
+            for earlier in range(self._body.config.consumers - 1):
+                with When(self._index > earlier):
+                    self._turn("arrive", T.int32(earlier))
+
     def _take_turn(self) -> None:
         if self._alternates:
-            ptx("bar.sync", T.cast(self._index + FIRST_PINGPONG_BARRIER, "uint32"), T.uint32(256))
+            self._turn("sync", self._index)
 
     def _give_turn(self) -> None:
+        consumers = self._body.config.consumers
         if self._alternates:
-            ptx("bar.arrive", T.cast(FIRST_PINGPONG_BARRIER + 1 - self._index, "uint32"), T.uint32(256))
+            for distance in range(1, consumers):
+                self._turn("arrive", mod(self._index + distance, consumers))
 
     def _tile(self, tile: Tile) -> None:
         body, memory = self._body, self._body.memory
@@ -378,63 +394,114 @@ class Consumer:
         self._queries.advance()
         self._finish.apply(self._softmax, self._outputs, tile, self._rows)
         if body.spec.features.split:
-            store_partial(body.output, self._outputs, tile, self._rows, lane=body.lane, value_size=body.spec.value_size)
+            store_float32(body.output, self._outputs, tile, self._rows, lane=body.lane, value_size=body.spec.value_size)
         elif body.stages_output:
             self._store_staged(tile)
         else:
             store_output(body.output, self._outputs, tile, self._rows, lane=body.lane, spec=body.spec)
 
     def _attend(self, tile: Tile) -> None:
-        memory, width = self._body.memory, self._body.config.keys_per_tile
+        """All key tiles, from right to left. The first may be narrower."""
+        config = self._body.config
+        self._load_queries()
         step = scalar(tile.count - 1)
-        wait(memory.key_full, self._keys.slot[0], self._keys.phase[0])
-        self._take_turn()
-        self._multiply_keys()
-        wait_wgmma(0, self._scores.all())
-        self._give_turn()
-        self._release(memory.key_empty, self._keys)
-        with When(step[0] == 0):
-            self._release_queries()
-        self._modifier.apply(self._scores, tile, self._rows, tile.first_key + step[0] * width)
-        self._softmax.first(self._scores)
-        self._round_weights()
+        if config.tail_keys and not self._body.spec.features.split:
+            branch(
+                tile.keys - step[0] * config.keys_per_tile <= config.tail_keys,
+                lambda: self._start(tile, step, config.tail_keys),
+                lambda: self._start(tile, step, config.keys_per_tile),
+            )
+        else:
+            self._start(tile, step, config.keys_per_tile)
         with T.While(step[0] > 0):
             step[0] = step[0] - 1
-            wait(memory.key_full, self._keys.slot[0], self._keys.phase[0])
-            self._take_turn()
-            self._multiply_keys()
-            wait(memory.value_full, self._values.slot[0], self._values.phase[0])
-            self._multiply_values()
-            self._give_turn()
-            wait_wgmma(1, self._scores.all())
-            self._release(memory.key_empty, self._keys)
-            with When(step[0] == 0):
-                self._release_queries()
-            self._modifier.apply(self._scores, tile, self._rows, tile.first_key + step[0] * width)
-            self._softmax.next(self._scores)
-            wait_wgmma(0, self._outputs.all())
-            self._release(memory.value_empty, self._values)
-            self._round_weights()
-            self._softmax.rescale(self._outputs)
-        wait(memory.value_full, self._values.slot[0], self._values.phase[0])
+            self._continue(tile, step)
+        self._wait_for_values()
         self._multiply_values()
-        wait_wgmma(0, self._outputs.all())
-        self._release(memory.value_empty, self._values)
+        self._end_values()
 
-    def _multiply_keys(self) -> None:
+    def _start(self, tile: Tile, step: Registers, width: int) -> None:
+        """Weights of the first tile; those beyond `width` are 0."""
+        scores = self._scores.leading(width // 2)
+        wait(self._body.memory.key_full, self._keys.slot[0], self._keys.phase[0])
+        self._take_turn()
+        self._multiply_keys(scores)
+        self._give_turn()
+        self._end_keys(scores, step, pending=0)
+        self._modifier.apply(scores, tile, self._rows, tile.first_key + step[0] * self._body.config.keys_per_tile)
+        self._softmax.first(scores)
+        self._round_weights(scores)
+        for i in range(scores.length // 2, self._weights.length):
+            self._weights[i] = 0
+
+    def _continue(self, tile: Tile, step: Registers) -> None:
+        """Products of another key tile and of the earlier one's values, then weights."""
+        config = self._body.config
+        wait(self._body.memory.key_full, self._keys.slot[0], self._keys.phase[0])
+        self._take_turn()
+        self._multiply_keys(self._scores)
+        self._wait_for_values()
+        self._multiply_values()
+        self._give_turn()
+        self._end_keys(self._scores, step, pending=1)
+        self._modifier.apply(self._scores, tile, self._rows, tile.first_key + step[0] * config.keys_per_tile)
+        self._softmax.next(self._scores)
+        if config.overlap:
+            with When(self._softmax.must_rescale()):
+                # ptxas moves a wait up to its block's start. This branch begins one, after the exponentials.
+                wait_wgmma(0, self._outputs.all())
+                self._softmax.rescale(self._outputs)
+            self._end_values()
+            self._round_weights(self._scores)
+        else:
+            self._end_values()
+            self._round_weights(self._scores)
+            with When(self._softmax.must_rescale()):
+                self._softmax.rescale(self._outputs)
+
+    def _wait_for_values(self) -> None:
+        wait(self._body.memory.value_full, self._values.slot[0], self._values.phase[0])
+
+    def _end_keys(self, scores: Registers, step: Registers, *, pending: int) -> None:
+        wait_wgmma(pending, scores.all())
+        self._release(self._body.memory.key_empty, self._keys)
+        with When(step[0] == 0):
+            self._release_queries()
+
+    def _end_values(self) -> None:
+        wait_wgmma(0, self._outputs.all())
+        self._release(self._body.memory.value_empty, self._values)
+
+    def _load_queries(self) -> None:
+        """The steps that stay in registers, as `wgmma`'s left operand holds them."""
+        layout, memory = self._body.layout, self._body.memory
+        row = fixed(self._index * 64 + self._body.warp * 16 + mod(self._body.lane, 16))
+        per_chunk = layout.chunk // 16
+        for step in range(self._query_steps):
+            column = layout.swizzled(step % per_chunk * 2 + div(self._body.lane, 16), row)
+            source = memory.q.ptr_to([self._queries.slot[0], step // per_chunk, row, column])
+            ptx(LOAD_MATRIX, *self._query.all()[4 * step : 4 * step + 4], source)
+
+    def _multiply_keys(self, scores: Registers) -> None:
         body, config, layout = self._body, self._body.config, self._body.layout
         kind = PTX_TYPE[body.spec.dtype]
-        instruction = f"wgmma.mma_async.sync.aligned.m64n{config.keys_per_tile}k16.f32.{kind}.{kind}"
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * scores.length}k16.f32.{kind}.{kind}"
         stage = layout.head_chunks * config.rows * layout.row_bytes >> 4
         q = fixed(self._q_descriptor + T.cast(self._queries.slot[0] * stage, "uint64"), "uint64")
         stage = layout.head_chunks * config.keys_per_tile * layout.row_bytes >> 4
         k = fixed(self._k_descriptor + T.cast(self._keys.slot[0] * stage, "uint64"), "uint64")
-        fence_registers(self._scores)
+        fence_registers(scores)
+        if self._query_steps:
+            fence_registers(self._query)
         ptx("wgmma.fence.sync.aligned")
         for step in range(layout.head // 16):
-            q_step = T.uint64(layout.column_step(step, config.rows))
-            k_step = T.uint64(layout.column_step(step, config.keys_per_tile))
-            ptx(instruction, *self._scores.all(), q + q_step, k + k_step, T.bool(step > 0), 1, 1, 0, 0)
+            k_step = k + T.uint64(layout.column_step(step, config.keys_per_tile))
+            if step < self._query_steps:
+                query = self._query.all()[4 * step : 4 * step + 4]
+                ptx(instruction, *scores.all(), *query, k_step, T.bool(step > 0), 1, 1, 0)
+            else:
+                q_step = q + T.uint64(layout.column_step(step, config.rows))
+                ptx(instruction, *scores.all(), q_step, k_step, T.bool(step > 0), 1, 1, 0, 0)
         ptx("wgmma.commit_group.sync.aligned")
 
     def _multiply_values(self) -> None:
@@ -452,9 +519,9 @@ class Consumer:
             ptx(instruction, *self._outputs.all(), *weights, v + v_step, T.bool(True), 1, 1, 1)
         ptx("wgmma.commit_group.sync.aligned")
 
-    def _round_weights(self) -> None:
-        for i in range(self._weights.length):
-            pack_pair(self._weights, i, self._scores[2 * i], self._scores[2 * i + 1], self._body.spec.dtype)
+    def _round_weights(self, scores: Registers) -> None:
+        for i in range(scores.length // 2):
+            pack_pair(self._weights, i, scores[2 * i], scores[2 * i + 1], self._body.spec.dtype)
 
     def _release(self, barrier: Any, ring: Ring) -> None:
         with When(self._body.lane == 0):

@@ -16,10 +16,10 @@ import torch
 
 from swacompile.runtime.cuda.launch import UNBOUNDED, Extras, Launcher, Numbers
 from swacompile.runtime.cuda.library import CudaLibrary, Kernel
-from swacompile.schedules.cuda.spec import Features
+from swacompile.schedules.cuda.spec import DTYPES, Features
 
 # ||out - ref|| / ||ref||: half a unit in the last place of the output and as much of the weights.
-TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
+TOLERANCE = {"bf16": 4e-3, "f16": 6e-4, "tf32": 1e-3, "f32": 1e-5}
 LSE_TOLERANCE = 2e-3
 FAR = 1 << 28
 
@@ -54,6 +54,10 @@ def poisoned(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str) 
         return whole[:, :s, :h, :d].transpose(1, 2), whole
     whole = torch.full((b, h + 1, s + 3, d + 8), float("nan"), dtype=dtype, device="cuda")
     return whole[:, :h, :s, :d], whole
+
+
+def tolerance(kernel: Kernel) -> float:
+    return TOLERANCE["tf32" if kernel.spec.tf32 else DTYPES[kernel.spec.dtype]]
 
 
 def draw_extras(kernel: Kernel, case: Case) -> Extras:
@@ -159,14 +163,14 @@ def check(launcher: Launcher, kernel: Kernel, case: Case) -> Outcome:
         lse_error = float((extras.lse.double() - expected_lse)[seen].abs().max()) if bool(seen.any()) else 0.0
         if not bool((extras.lse[~seen] == float("-inf")).all()):
             problem = problem or "log-sum-exp of an empty row is not -inf"
-    if not error <= TOLERANCE[spec.dtype]:
+    if not error <= tolerance(kernel):
         problem = problem or "output is off"
     if not lse_error <= LSE_TOLERANCE:
         problem = problem or "log-sum-exp is off"
     wider = replace(case, numbers=replace(case.numbers, left=min(case.numbers.left, FAR) + 1))
     other = reference(kernel, wider, tuple(tensors), extras)[0]
     off_by_one = float("inf") if torch.equal(other, expected) else relative(output, other)
-    if off_by_one < 2 * TOLERANCE[spec.dtype]:
+    if off_by_one < 2 * tolerance(kernel):
         problem = problem or "a window off by one would pass"
     return Outcome(
         kernel=spec.symbol, case=case, error=error, lse_error=lse_error, off_by_one=off_by_one, problem=problem
@@ -232,7 +236,7 @@ def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
         plan()
     torch.cuda.synchronize()
     expected = reference(kernel, case, (fresh, key, value), extras)[0]
-    if not relative(output, expected) <= TOLERANCE[spec.dtype]:
+    if not relative(output, expected) <= tolerance(kernel):
         problems.append("the launch did not wait for the caller's stream")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -240,7 +244,7 @@ def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
     output.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
-    if not relative(output, expected) <= TOLERANCE[spec.dtype]:
+    if not relative(output, expected) <= tolerance(kernel):
         problems.append("a replayed graph gives another output")
     return problems
 

@@ -13,9 +13,12 @@ from swacompile.schedules.cuda.choose import Shape, choose
 from swacompile.schedules.cuda.spec import Config, Features, KernelSpec, MmaConfig, WgmmaConfig
 
 
-def kernel(head: int, value: int, config: Config, *features: str, dtype: str = "bfloat16") -> Kernel:
+def kernel(
+    head: int, value: int, config: Config, *features: str, dtype: str = "bfloat16", tf32: bool = False
+) -> Kernel:
     switched = Features(**{name: True for name in features})
-    return Kernel(spec=KernelSpec(dtype=dtype, head_size=head, value_size=value, features=switched), config=config)
+    spec = KernelSpec(dtype=dtype, head_size=head, value_size=value, features=switched, tf32=tf32)
+    return Kernel(spec=spec, config=config)
 
 
 def default(head: int, value: int, shape: Shape, *features: str, dtype: str = "bfloat16") -> Kernel:
@@ -72,7 +75,19 @@ MMA_KERNELS = (
     kernel(256, 256, MmaConfig(keys_per_tile=32)),
     kernel(64, 64, PORTABLE, "split", "sinks", "lse"),
 )
-FAMILIES = {"wgmma": WGMMA_KERNELS, "mma": MMA_KERNELS}
+FLOAT32_KERNELS = (
+    default(128, 128, GROUP, dtype="float32"),
+    default(256, 256, ANY, dtype="float32"),
+    default(
+        64, 64, GROUP, "sinks", "softcap", "key_padding", "segments", "bias", "alibi", "chunked", "lse", dtype="float32"
+    ),
+    default(80, 40, ANY, "zeroed", "key_padding", "lse", dtype="float32"),
+    default(64, 64, GROUP, "split", "sinks", "lse", dtype="float32"),
+    kernel(64, 64, MmaConfig(keys_per_tile=32, row_blocks=2, pack=4), dtype="float32"),
+    kernel(64, 64, MmaConfig(keys_per_tile=32, pack=4), "lse", dtype="float32", tf32=True),
+    kernel(192, 128, MmaConfig(keys_per_tile=16, warps=2), dtype="float32", tf32=True),
+)
+FAMILIES = {"wgmma": WGMMA_KERNELS, "mma": MMA_KERNELS, "float32": FLOAT32_KERNELS}
 
 
 def main() -> None:

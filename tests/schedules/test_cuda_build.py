@@ -64,6 +64,14 @@ def test_each_family_builds_for_each_architecture(arch: str, tmp_path: Path) -> 
     check(build(specs, arch, tmp_path, Shape(group=4)), CUDA_ARCHS[arch].families[0])
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+def test_float32_is_multiplied_as_tf32(arch: str, tmp_path: Path) -> None:
+    specs = [spec(64, "float32"), KernelSpec(dtype="float32", head_size=128, value_size=128, tf32=True)]
+    built = build(specs, arch, tmp_path, Shape(group=4))
+    check(built, "mma")
+    assert "f32.tf32.tf32.f32" in built.source
+
+
 def test_every_feature_builds_for_hopper(tmp_path: Path) -> None:
     names = ("sinks", "softcap", "key_padding", "segments", "bias", "alibi", "chunked", "lse")
     specs = [
@@ -138,4 +146,5 @@ FEATURES: tuple[tuple[str, ...], ...] = (
 @pytest.mark.parametrize(("arch", "size"), list(itertools.product(CUDA_ARCHS, HEAD_SIZES)))
 def test_matrix(arch: str, size: int, tmp_path: Path) -> None:
     specs = [spec(size, **dict.fromkeys(names, True)) for names in FEATURES] + [spec(size, "float16")]
+    check(build([spec(size, "float32"), spec(size, "float32", split=True)], arch, tmp_path, Shape(group=4)), "mma")
     check(build(specs, arch, tmp_path, Shape(group=4)), CUDA_ARCHS[arch].families[0])

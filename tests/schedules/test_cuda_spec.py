@@ -12,12 +12,18 @@ def spec(size: int, **features: bool) -> KernelSpec:
 def test_symbols_tell_kernels_apart() -> None:
     assert spec(64).symbol == "swa_bf16_d64_v64"
     assert spec(64, sinks=True, lse=True).symbol == "swa_bf16_d64_v64_sinks_lse"
+    assert KernelSpec(dtype="float32", head_size=64, value_size=32).symbol == "swa_f32_d64_v32"
+    assert KernelSpec(dtype="float32", head_size=64, value_size=32, tf32=True).symbol == "swa_tf32_d64_v32"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": "float32", "head_size": 64, "value_size": 64}, "take float16 or bfloat16, not float32"),
+        ({"dtype": "float64", "head_size": 64, "value_size": 64}, "take float16, bfloat16, float32, not float64"),
+        (
+            {"dtype": "float16", "head_size": 64, "value_size": 64, "tf32": True},
+            "a way to multiply float32, not float16",
+        ),
         (
             {"dtype": "float16", "head_size": 60, "value_size": 64},
             "head_size must be a multiple of 8 from 8 to 256, not 60",
@@ -44,6 +50,7 @@ def test_zeroed_refuses_what_its_sum_over_all_values_cannot_see() -> None:
         (lambda: WgmmaConfig(keys_per_tile=72), "multiple of 16 up to 256"),
         (lambda: WgmmaConfig(keys_per_tile=64, pack=3), "power of two up to 64"),
         (lambda: WgmmaConfig(keys_per_tile=64, consumers=4), "must be 1, 2 or 3"),
+        (lambda: WgmmaConfig(keys_per_tile=64, tail_keys=64), "multiple of 16 below keys_per_tile=64, not 64"),
         (lambda: MmaConfig(keys_per_tile=24), "multiple of 16"),
         (lambda: MmaConfig(keys_per_tile=64, stages=1), "at least 2"),
         (lambda: MmaConfig(keys_per_tile=64, pack=128), "up to 64 rows"),
@@ -75,6 +82,17 @@ def test_every_kernel_has_tiles_on_every_architecture(size: int, arch: str, feat
         assert isinstance(config, WgmmaConfig) == ("wgmma" in target.families)
 
 
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_float32_goes_to_the_family_that_multiplies_tf32(size: int, arch: str) -> None:
+    for features in (Features(), Features(split=True), Features(bias=True, segments=True)):
+        single = KernelSpec(dtype="float32", head_size=size, value_size=size, features=features)
+        config = choose(single, CUDA_ARCHS[arch], Shape(group=4))
+        assert isinstance(config, MmaConfig)
+        assert config.shared_bytes(single) <= CUDA_ARCHS[arch].shared_per_block
+        assert single.element_bytes == 4
+
+
 def test_a_short_band_of_grouped_heads_is_packed() -> None:
     config = choose(spec(64), CUDA_ARCHS["sm_90a"], Shape(group=8, band=128))
     assert (config.pack, config.positions) == (8, 16)
@@ -84,4 +102,4 @@ def test_rules_that_do_not_apply_say_so() -> None:
     plain, split = spec(64), spec(64, split=True)
     assert RULES["wgmma"][0](plain, Shape()) is None
     assert RULES["wgmma"][0](split, Shape()) is not None
-    assert RULES["mma"][0](split, Shape()) is None
+    assert RULES["mma"][0](plain, Shape()) is None

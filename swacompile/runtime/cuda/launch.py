@@ -187,12 +187,14 @@ def check_tensors(kernel: Kernel, tensors: tuple[Any, Any, Any, Any], numbers: N
         if tuple(tensor.shape) != shape:
             raise CudaRuntimeError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         odd_stride = any(
-            stride % 8 for stride, extent in zip(tensor.stride()[:3], shape[:3], strict=True) if extent > 1
+            stride * kernel.spec.element_bytes % 16
+            for stride, extent in zip(tensor.stride()[:3], shape[:3], strict=True)
+            if extent > 1
         )
         if tensor.stride()[-1] != 1 or odd_stride or tensor.data_ptr() % 16:
             raise CudaRuntimeError(
                 f"{name} has strides {tensor.stride()} and address {tensor.data_ptr():#x}: the last stride must be 1, "
-                "the others multiples of 8 elements and the address a multiple of 16 bytes; make it contiguous"
+                "the others and the address multiples of 16 bytes; make it contiguous"
             )
     if heads % key.shape[1]:
         raise CudaRuntimeError(f"query has {heads} heads, no multiple of key's {key.shape[1]}")
@@ -211,7 +213,8 @@ def _band(kernel: Kernel, key: Any, numbers: Numbers) -> int:
 
 def _heads_per_wave(kernel: Kernel, query: Any, key: Any, numbers: Numbers, device: Device) -> int:
     pairs = key.shape[0] * key.shape[1]
-    window_bytes = 2 * _band(kernel, key, numbers) * (kernel.spec.head_size + kernel.spec.value_size)
+    spec = kernel.spec
+    window_bytes = spec.element_bytes * _band(kernel, key, numbers) * (spec.head_size + spec.value_size)
     return int(max(1, min(pairs, L2_SHARE * device.l2_bytes // window_bytes)))
 
 
