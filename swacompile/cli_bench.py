@@ -104,7 +104,7 @@ def _bench_cpu(
         )
         for row in timed:
             rows.append(row)
-            status.update(f"{row.case}, {row.threads} threads: {row.contender}")
+            status.update(f"{row.case}, {_threads(row.threads)}: {row.contender}")
     machine = bench_cpu.Machine.here(target)
     if as_document:
         sys.stdout.write(bench_cpu.to_json(machine, rows) + "\n")
@@ -119,7 +119,7 @@ def _bench_cpu(
         shown = f"{best.contender}, takes {best.ratio:.2f} times as long" if best else "none was timed"
         first = next(iter(group.values()))
         _print(
-            f"{first.case}, {first.threads} threads: the fastest peer, {shown}" if best else f"{first.case}: {shown}"
+            f"{first.case}, {_threads(first.threads)}: the fastest peer, {shown}" if best else f"{first.case}: {shown}"
         )
 
 
@@ -128,7 +128,7 @@ def _plot(plot: Path, target: Target, database: Database, threads: int, seconds:
 
     with err.status(f"timing for {plot}"):
         series = length_plot.measure(threads=threads, seconds=seconds, target=target, database=database)
-    title = f"{length_plot.HEADS} heads, D {length_plot.HEAD_SIZE}, {threads} threads, {target.description}"
+    title = f"{length_plot.HEADS} heads, D {length_plot.HEAD_SIZE}, {_threads(threads)}, {target.description}"
     try:
         plot.write_bytes(length_plot.written(series, title=title, suffix=plot.suffix))
     except OSError as error:
@@ -243,6 +243,10 @@ def _cuda_cases(text: str, length: int | None) -> "Iterator[bench_cuda.Case]":
             queries=case.queries,
             sinks=case.sinks,
         )
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _print(text: str) -> None:
