@@ -25,6 +25,7 @@ from swacompile.index_expr import (
     const_int,
     eq,
     floordiv,
+    ideal,
     index,
     integer,
     le,
@@ -112,6 +113,7 @@ def guards_of(
 
     `trusted`: the runtime itself checks extents that the model declares as numbers. Extents in `one` may be 1 as well.
     """
+    _refuse_sizes_of_data(reading, site)
     places = [*_operand_places(reading, site), *_sources(reading, site)]
     operands = {Role.QUERY: site.query, Role.KEY: site.key, Role.VALUE: site.value}
     sizes = _Bound(reading=reading, operands=operands)
@@ -129,6 +131,13 @@ def guards_of(
         zero_or_one=proof.limits.zero_or_one,
         expands=bool(one),
     )
+
+
+def _refuse_sizes_of_data(reading: Reading, site: Attention) -> None:
+    sources = {value for value, _ in _Walk(reading=reading, site=site).found()}
+    for pair in reading.sizes.of_data:
+        if sources & {node.name for extent in pair for node in walk(extent) if node.op is Op.APPLY}:
+            raise Unguardable(f"{pair[0]} and {pair[1]} must be the same size, and one of them is known only from data")
 
 
 def batches_of_sources(reading: Reading, site: Attention) -> frozenset[Extent]:
@@ -184,7 +193,8 @@ class _Bound:
         return read and const_int(tensor.shape[axis]) is not None
 
     def in_extents(self, expected: Expr) -> Expr:
-        """A size in terms of extents. Raises Unguardable."""
+        """A size in terms of extents, exact where a model keeps it in a type that may round it. Raises Unguardable."""
+        expected = ideal(expected)
         for node in walk(expected):
             if node.op is Op.APPLY:
                 raise Unguardable(f"the size {expected} depends on data")
@@ -239,6 +249,8 @@ def _operand_places(reading: Reading, site: Attention) -> Iterator[tuple[Extent,
 
 def axis_in(operand: Operand, axis: int) -> int:
     """Where the operand's value has this axis of (batch, heads, sequence, size)."""
+    if operand.merged and operand.layout is Layout.BSHD:
+        return 1 - min(axis, 1)
     return 1 if axis == SEQUENCE and (operand.merged or operand.layout is Layout.BSHD) else axis
 
 

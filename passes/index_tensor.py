@@ -152,6 +152,8 @@ class Sizes:
 
     def __init__(self) -> None:
         self._equal: dict[Expr, Expr] = {}
+        # Pairs of which one is known only from data, which says nothing of others.
+        self.of_data: list[tuple[Expr, Expr]] = []
 
     def resolve(self, expr: Expr) -> Expr:
         return substitute_sizes(expr, self._equal) if self._equal else expr
@@ -166,9 +168,8 @@ class Sizes:
         if (const_int(a) is not None) and (const_int(b) is not None):
             raise Unreadable(f"axes of extent {a} and {b} do not broadcast")
         if any(node.op is Op.APPLY for extent in (a, b) for node in walk(extent)):
-            return (
-                b if any(node.op is Op.APPLY for node in walk(a)) else a
-            )  # a size that only data tells says nothing of others
+            self.of_data.append((a, b))
+            return b if any(node.op is Op.APPLY for node in walk(a)) else a
         gone, stays = self._order(a, b)
         self._equal = {name: substitute_sizes(to, {gone: stays}) for name, to in self._equal.items()} | {gone: stays}
         return self.resolve(a)

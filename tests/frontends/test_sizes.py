@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 
 from swacompile import pipeline
+from swacompile.attention import Refutation
 from swacompile.passes.guards import Guards
 from tests import models
 from tests.conftest import Library
@@ -90,6 +91,9 @@ MODELS: Mapping[str, Sized] = {
     "float positions": sized(
         "qf = Cast<to = 1>(q) kf = Cast<to = 1>(k) d = Sub(qf, kf) near = Less(d, x) past = GreaterOrEqual(d, zero) seen = And(near, past)",
         constants={"float x": "3.0"}),
+    "padding of (1 - mask) * lowest": sized(
+        BAND + "m0 = Where(band, zero, lowest) p0 = Cast<to = 1>(pad) p1 = Sub(one, p0) p2 = Mul(p1, lowest) p3 = Unsqueeze(p2, axis1) "
+        "p4 = Unsqueeze(p3, axis1) m = Add(m0, p4)", form="added", result="m", inputs="int64[B,S] pad", alone=("pad",)),
     "zeroed": sized(BAND + "factor = Cast<to = 1>(band) z = Mul(scores, factor)", form="scores", result="z"),
 }  # fmt: skip
 
@@ -235,6 +239,25 @@ def test_the_error_names_what_is_expected(tmp_path: Path) -> None:
     assert "axis 1 of ids == the number of queries" in str(
         result(session(out), feeds(case, next(shapes(case)) | {"ids": (2, 1)}))
     )
+
+
+def test_numbers_that_are_not_0_and_1(tmp_path: Path) -> None:
+    case = MODELS["padding of (1 - mask) * lowest"]
+    _, out = rewritten(case, tmp_path)
+    given = feeds(case, next(shapes(case)))
+    assert (
+        "expects" in (said := str(result(session(out), given | {"pad": 2 * given["pad"]}))) and "pad in {0, 1}" in said
+    )
+
+
+def test_a_length_that_is_data_is_refused(tmp_path: Path) -> None:
+    """Where n is 1, its mask is broadcast over all keys."""
+    body = OF_INPUT.replace("n_shape = Shape(ids) n = Gather(n_shape, i1) ", "") + "seen = Identity(band)"
+    case = sized(body, inputs="int64 n")
+    (outcome,) = pipeline.rewrite(
+        models.save(case.model.proto(), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    ).outcomes
+    assert isinstance(outcome, Refutation) and outcome.code in ("guarded", "data-dependent"), outcome
 
 
 def test_no_conditions_where_sizes_are_fixed(tmp_path: Path) -> None:
