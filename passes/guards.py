@@ -25,7 +25,6 @@ from swacompile.index_expr import (
     const_int,
     eq,
     floordiv,
-    ideal,
     index,
     integer,
     le,
@@ -193,8 +192,7 @@ class _Bound:
         return read and const_int(tensor.shape[axis]) is not None
 
     def in_extents(self, expected: Expr) -> Expr:
-        """A size in terms of extents, exact where a model keeps it in a type that may round it. Raises Unguardable."""
-        expected = ideal(expected)
+        """A size in terms of extents. Raises Unguardable."""
         for node in walk(expected):
             if node.op is Op.APPLY:
                 raise Unguardable(f"the size {expected} depends on data")

@@ -164,7 +164,7 @@ def place_operand(reading: Reading, axes: Axes, value: str, indices: Index, role
             continue
         for placed in _places(reading, axes, sequence, source):
             best[placed.operand.layout, placed.operand.merged] = placed
-    for form in ((Layout.BHSD, False), (Layout.BSHD, False), (Layout.BHSD, True)):
+    for form in ((Layout.BHSD, False), (Layout.BSHD, False), (Layout.BHSD, True), (Layout.BSHD, True)):
         if form in best:
             return best[form]
     raise NotReadable(
@@ -182,7 +182,7 @@ def _places(reading: Reading, axes: Axes, sequence: Expr, source: Source) -> Ite
         grouped = floordiv(axes.head, integer(total // heads))
         merged = add(mul(axes.batch, integer(heads)), grouped)
         orders = {(Layout.BHSD, False): (axes.batch, grouped, sequence), (Layout.BSHD, False): (axes.batch, sequence, grouped),
-                  (Layout.BHSD, True): (merged, sequence)}  # fmt: skip
+                  (Layout.BHSD, True): (merged, sequence), (Layout.BSHD, True): (sequence, merged)}  # fmt: skip
         for (layout, is_merged), order in orders.items():
             if tensor.rank != len(order) + 1:
                 continue

@@ -13,7 +13,7 @@ from math import inf
 from swacompile.graph import Graph, Node
 from swacompile.index_expr import FALSE, TRUE, Expr, Index, Op, Sort, const_real, index, or_, substitute, walk
 from swacompile.passes.logits import UnreadableLogits, cases
-from swacompile.passes.read_masks import Reading
+from swacompile.passes.read_masks import GIVES_BOOL, Reading
 from swacompile.passes.site import NotReadable, same_place
 
 PASSES = (
@@ -57,7 +57,7 @@ def weights_of(reading: Reading, softmax: Node) -> Weights | None:
     value, replaces_nan = softmax.outputs[0], False
     while True:
         users = reading.live_users(value)
-        passing = [user for user in users if user.op not in ("isnan", "isinf")]
+        passing = [user for user in users if user.op not in GIVES_BOOL]
         if len(passing) > 1 and _product_of(passing, value):
             names = ", ".join(user.name for user in passing)
             raise NotReadable(
@@ -67,7 +67,7 @@ def weights_of(reading: Reading, softmax: Node) -> Weights | None:
         if len(passing) != 1:
             return None
         (user,) = passing
-        replaces_nan = replaces_nan or len(passing) < len(users) or user.op == "nan_to_num"
+        replaces_nan = replaces_nan or user.op == "nan_to_num" or any(user.op == "isnan" for user in users)
         if user.op == "matmul":
             return Weights(product=user, side=user.inputs.index(value), replaces_nan=replaces_nan)
         if user.op not in PASSES:

@@ -63,8 +63,8 @@ class Axes:
 class Operand:
     """A 4-D value of the source model and the order of its axes.
 
-    Where `flat` it is 3-D, BSHD with heads and head size in one axis; where `merged_heads` is not 0 it is 3-D, BHSD with the batch and that
-    many heads in one axis.
+    Where `flat` it is 3-D, BSHD with heads and head size in one axis; where `merged_heads` is not 0 it is 3-D, with the batch and that
+    many heads in one axis: (B*H,S,D) as BHSD, (S,B*H,D) as BSHD.
     """
 
     value: str

@@ -6,6 +6,8 @@ from swacompile.index_expr import (
     ZERO,
     Expr,
     Index,
+    NotInteger,
+    Op,
     Sort,
     add,
     at_least,
@@ -16,20 +18,23 @@ from swacompile.index_expr import (
     mul,
     product_of,
     sub,
+    to_integer,
     to_real,
+    transform,
 )
 from swacompile.passes.index_tensor import Unreadable, kept, sort_of
 from swacompile.passes.rules.rule import Meaning, Operands, Rule
 
 
 def _iota(ops: Operands) -> Meaning:
-    start, limit, step = (ops.tensor(i).scalar() for i in range(3))
+    start, limit, step = (_whole(ops.tensor(i).scalar()) for i in range(3))
     step_value = const_int(step)
-    if any(bound.sort is not Sort.INT for bound in (start, limit)) or not step_value:
+    if not step_value:
         raise Unreadable("a range that does not count in integers")
     extent, stride = (sub(limit, start), step_value) if step_value > 0 else (sub(start, limit), -step_value)
     if stride > 1:
         extent = floordiv(add(extent, integer(stride - 1)), integer(stride))
+    extent = _exact(extent) if start.is_const else extent
     real_valued = sort_of(ops.dtype) is Sort.REAL
 
     def read(indices: Index) -> Expr:
@@ -37,6 +42,19 @@ def _iota(ops: Operands) -> Meaning:
         return kept(to_real(element) if real_valued else element, ops.dtype)
 
     return Meaning(shape=(extent,), read=read)
+
+
+def _whole(bound: Expr) -> Expr:
+    """A range's bound, also where an integer is kept as a floating-point number."""
+    try:
+        return to_integer(bound)
+    except NotInteger as error:
+        raise Unreadable("a range of fractions") from error
+
+
+def _exact(extent: Expr) -> Expr:
+    """A number of elements without the rounding of a bound: where that matters, the range has another length than it is used with."""
+    return transform(extent, lambda node: _exact(node.args[0]) if node.op is Op.ROUND else None)
 
 
 def _full(ops: Operands) -> Meaning:

@@ -161,6 +161,7 @@ class _Splicer:
         """(batch, heads, length, size)."""
         node = self._readable(old, operand.value)
         if operand.merged:
+            node = node if operand.layout is Layout.BHSD else self._call(old, aten.transpose.int, (node, 0, 1))
             shape = [-1, operand.merged_heads, self._size(old, node, 1), self._size(old, node, 2)]
             return self._call(old, aten.reshape.default, (node, shape))
         return node if operand.layout is Layout.BHSD else self._call(old, aten.transpose.int, (node, 1, 2))

@@ -98,7 +98,8 @@ class Splicer:
         """A value of the source in (batch, heads, sequence, size) order."""
         value = self.values[operand.value]
         if operand.merged:
-            return self._split_heads(before, value, operand.merged_heads)
+            heads_first = value if operand.layout is Layout.BHSD else self._moved(before, value, (1, 0, 2))
+            return self._split_heads(before, heads_first, operand.merged_heads)
         return value if operand.layout is Layout.BHSD else self._swapped(before, value)
 
     def result(self, before: ir.Node, output: ir.Value, site: Attention) -> ir.Value:
@@ -114,10 +115,13 @@ class Splicer:
 
     def _swapped(self, before: ir.Node, value: ir.Value) -> ir.Value:
         """Heads and sequence change places."""
-        moved = self.add(before, "Transpose", [value], {"perm": list(SWAP_HEADS_AND_SEQUENCE)})
+        return self._moved(before, value, SWAP_HEADS_AND_SEQUENCE)
+
+    def _moved(self, before: ir.Node, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
+        moved = self.add(before, "Transpose", [value], {"perm": list(order)})
         moved.type = value.type
         if value.shape is not None:
-            moved.shape = ir.Shape([value.shape[axis] for axis in SWAP_HEADS_AND_SEQUENCE])
+            moved.shape = ir.Shape([value.shape[axis] for axis in order])
         return moved
 
     def _split_heads(self, before: ir.Node, value: ir.Value, heads: int) -> ir.Value:

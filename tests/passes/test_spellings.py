@@ -55,6 +55,8 @@ def spelled(body: str, output: str = "out", *, more: str = "") -> onnx.ModelProt
     for name in ("wq", "wk", "wv"):
         weight = generator.standard_normal((SIZE, SIZE)).astype(np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(weight * 0.4, name))
+    wide = generator.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(wide * 0.2, "wide"))
     return onnx.shape_inference.infer_shapes(model)
 
 
@@ -122,15 +124,16 @@ SPELLINGS = {
         T1 = Unsqueeze(T, axis0)
         BH = Mul(B1, heads)
         merged = Concat<axis = 0>(T1, BH, size)
-        x3 = Reshape(q4, flat)
+        xf = Reshape(x, flat)
+        x3 = MatMul(xf, wide)
         qt = Transpose<perm = [1, 0, 2]>(x3)
         q3 = Reshape(qt, merged)
         qm = Transpose<perm = [1, 0, 2]>(q3)
-        kx = Reshape(k4, flat)
+        kx = Neg(x3)
         ks = Transpose<perm = [1, 0, 2]>(kx)
         k3 = Reshape(ks, merged)
         km = Transpose<perm = [1, 2, 0]>(k3)
-        vx = Reshape(v4, flat)
+        vx = Abs(x3)
         vs = Transpose<perm = [1, 0, 2]>(vx)
         v3 = Reshape(vs, merged)
         vm = Transpose<perm = [1, 0, 2]>(v3)
