@@ -2,11 +2,12 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from swacompile.artifact import Manifest
 from swacompile.attention import Attention, Finding, Refutation, ResidualKind
@@ -155,17 +156,30 @@ def compile(
         progress(f"building {len(variants)} kernels for {', '.join(target.name for target in targets)}")
         kernels = choose_kernels(done.replaced, targets, database or Database())
         build_library(variants, targets, folder / artifact.LIBRARY, kernels)
-        choices = tuple(choice for kernel in kernels for choice in kernel.choices)
-        manifest = artifact.Manifest(
-            source=model.name, replaced=tuple(r.site.node for r in done.replaced), targets=tuple(target.name for target in targets),
+        return seal(
+            folder, done, targets=targets, report=as_json(model.name, findings), files=(artifact.MODEL, artifact.LIBRARY),
             kernels=tuple(variant.function_name(target) for target in targets for variant in variants),
-            report=as_json(model.name, findings), versions=artifact.versions(),
-            tuning=tuple(str(choice) for choice in choices),
-            hashes={name: artifact.file_hash(folder / name) for name in (artifact.MODEL, artifact.LIBRARY)},
+            choices=tuple(choice for kernel in kernels for choice in kernel.choices),
         )  # fmt: skip
-        artifact.write_manifest(folder, manifest)
-        return Compiled(rewrite=done, manifest=manifest, choices=choices)
     return Compiled(rewrite=Rewrite(model=model, out=None, outcomes=outcomes), manifest=None, choices=())
+
+
+def seal(
+    folder: Path, done: Rewrite, *, targets: Sequence[Target], report: Mapping[str, Any], files: Sequence[str], kernels: Sequence[str],
+    choices: Sequence[Choice], versions: Mapping[str, str] = MappingProxyType({}),
+) -> Compiled:  # fmt: skip
+    """Write the manifest of a folder that has everything else; `versions` come to those of the packages."""
+    from swacompile import artifact
+
+    assert done.model is not None
+    manifest = artifact.Manifest(
+        source=done.model.name, replaced=tuple(replacement.site.node for replacement in done.replaced),
+        targets=tuple(target.name for target in targets), kernels=tuple(kernels), report=report,
+        versions=artifact.versions() | dict(versions), tuning=tuple(map(str, choices)),
+        hashes={name: artifact.file_hash(folder / name) for name in files},
+    )  # fmt: skip
+    artifact.write_manifest(folder, manifest)
+    return Compiled(rewrite=done, manifest=manifest, choices=tuple(choices))
 
 
 def cpu_only(model: Path, targets: Sequence[Target]) -> tuple[Target, ...]:
@@ -262,25 +276,16 @@ def build_library(
 
 def read(model: Path) -> "OnnxModel | FxModel":
     """Read a model file by its suffix: .onnx, or .pt2 with torch. Raises ModelError."""
-    if model.suffix == ".onnx":
-        from swacompile.frontends import onnx
-
-        return onnx.read(model)
     if model.suffix == ".pt2":
-        try:
-            from swacompile.frontends import fx
-        except ModuleNotFoundError as error:
-            if error.name != "torch":
-                raise
-            raise ModelError(
-                f"{model}: a .pt2 file is read with torch, which is not installed. Install swacompile[torch]."
-            ) from error
+        require_torch(model)
+        from swacompile.frontends import fx
+
         return fx.read_pt2(model)
-    raise ModelError(f"{model}: expected a .onnx or a .pt2 file, found suffix {model.suffix!r}.")
+    return read_onnx(model)
 
 
 def read_onnx(model: Path) -> OnnxModel:
-    """Read a model that is to be rewritten. Raises ModelError."""
+    """Read a model of ONNX. Raises ModelError."""
     from swacompile.frontends import onnx
 
     if model.suffix != ".onnx":

@@ -97,20 +97,16 @@ def compile(
         built += _build_cuda(spliced.program, done, gpus, database or Database(), folder, progress)
         operator = operator_library()
         shutil.copy(operator, folder / OPERATOR)
-        choices = tuple(choice for part in built for choice in part.choices)
-        names = (PROGRAM, OPERATOR, *(name for part in built for name in part.files))
-        manifest = artifact.Manifest(
-            source=model.name,
-            replaced=tuple(replacement.site.node for replacement in done.replaced),
-            targets=tuple(target.name for target in targets),
-            kernels=tuple(kernel for part in built for kernel in part.kernels),
+        return pipeline.seal(
+            folder,
+            done,
+            targets=targets,
             report=report,
-            versions=artifact.versions() | {"torch": torch.__version__, OPERATOR_VERSION: operator.name},
-            tuning=tuple(map(str, choices)),
-            hashes={name: artifact.file_hash(folder / name) for name in names},
+            files=(PROGRAM, OPERATOR, *(name for part in built for name in part.files)),
+            kernels=[kernel for part in built for kernel in part.kernels],
+            choices=[choice for part in built for choice in part.choices],
+            versions={"torch": torch.__version__, OPERATOR_VERSION: operator.name},
         )
-        artifact.write_manifest(folder, manifest)
-        return pipeline.Compiled(rewrite=done, manifest=manifest, choices=choices)
     nothing = pipeline.Rewrite(model=model, out=None, outcomes=spliced.outcomes)
     return pipeline.Compiled(rewrite=nothing, manifest=None, choices=())
 
