@@ -304,7 +304,9 @@ def test_corpus(path: Path) -> None:
     done = swacompile.rewrite(path)
     layers = json.loads((corpus_folder() / "manifest.json").read_text())["models"][path.parent.name]["layers"]
     windows = sum(layer["kind"] == "sliding" for layer in layers)
-    assert len(done.replaced) == windows or "staticcache" in path.stem
+    if path.parent.name == "modernbert" and "staticcache" in path.stem:
+        windows = 0  # its fixed length is within the window, which leaves no trace
+    assert len(done.replaced) == windows
     assert targets(done.program).count(OPERATOR) == len(done.replaced)
     if not done.replaced:
         assert targets(done.program) == targets(source)
