@@ -19,6 +19,8 @@ MARGIN = 0.02
 
 Within noise the default stays.
 """
+LARGE_GAIN = 1.1
+"""Times as fast as the default: a record that says so outlives a change of the default."""
 
 
 class Level(StrEnum):
@@ -93,50 +95,59 @@ class Database:
         or the default.
 
         A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
-        device. One that was compared with another default than today's does not count.
+        device. One that was compared with another default than today's counts only if its gain was large: where such
+        records are all that there is of this workload, the default is today's.
         """
         space, revision = rule.space(workload, target), rule.revision()
 
         def usable(record: TuningRecord) -> bool:
             config = rule.completed(record.config)
-            return config is not None and space.refusal(config) is None
+            return record.status is Status.OK and config is not None and space.refusal(config) is None
 
-        for level, candidates in self._levels(workload, target):
-            trusted = [record for record in candidates if _holds_still(record, candidates, rule, target, revision)]
-            record = best(filter(usable, trusted), device, revision)
+        for level, candidates in self._levels(rule, workload, target):
+            good = list(filter(usable, candidates))
+            record = best((r for r in good if _holds_still(r, candidates, rule, target, revision)), device, revision)
             config = rule.completed(record.config) if record is not None else None
             if record is not None and config is not None:
                 outdated = record.provenance.revision != revision
                 return Choice(workload=workload, config=config, level=level, record=record, outdated=outdated)
+            if level is Level.EXACT and good:
+                break
         return Choice(workload=workload, config=space.base, level=Level.DEFAULT, record=None)
 
-    def _levels(self, workload: Workload, target: Target) -> Iterator[tuple[Level, list[TuningRecord]]]:
+    def _levels(
+        self, rule: TunableRule, workload: Workload, target: Target
+    ) -> Iterator[tuple[Level, list[TuningRecord]]]:
         own = self.records(target.name)
         yield Level.EXACT, [record for record in own if record.workload == workload]
-        yield from ((Level.NEAREST, group) for group in _by_distance(own, workload))
+        yield from ((Level.NEAREST, group) for group in _by_distance(own, rule, workload, target))
         others = [other for other in TARGETS if other != target and same_architecture(other, target)]
         records = [record for other in others for record in self.records(other.name)]
-        yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, workload))
+        yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, rule, workload, target))
 
 
 def _holds_still(
     record: TuningRecord, beside: Sequence[TuningRecord], rule: TunableRule, target: Target, revision: str
 ) -> bool:
     """Whether a record still counts: if it was compared with what is the default today, or was measured with the kernel
-    sources of today and not compared. Where the default is another by now, it is most likely better than what beat the old one.
+    sources of today and not compared. Where the default is another by now, it most likely beats what beat the old one
+    by less than LARGE_GAIN.
     """
     if not rule.applies(record.workload, target):
         return False
-    compared = {
-        rule.completed(other.config)
+    defaults = [
+        other
         for other in beside
         if other.origin is Origin.DEFAULT
+        and other.status is Status.OK
         and other.workload == record.workload
         and other.provenance.comparable(record.provenance)
-    }
-    if not compared:
+    ]
+    if not defaults:
         return record.provenance.revision == revision
-    return rule.default(record.workload, target) in compared
+    if rule.default(record.workload, target) in [rule.completed(other.config) for other in defaults]:
+        return True
+    return _median(record) * LARGE_GAIN < min(map(_median, defaults))
 
 
 def best(
@@ -178,10 +189,10 @@ def beats(candidate: TuningRecord, default: TuningRecord) -> bool:
     return _median(candidate) < _median(default) * (1 - noise)
 
 
-def same_class(a: Workload, b: Workload) -> bool:
+def same_class(a: Workload, b: Workload, rule: TunableRule, target: Target) -> bool:
     """Whether a Config of one is a fair guess for the other: same kernel, and both prefill or both decode."""
     decode = (Feature.DECODE in a.features) == (Feature.DECODE in b.features)
-    return decode and (a.dtype, a.head_size, a.value_size) == (b.dtype, b.head_size, b.value_size)
+    return decode and rule.function_name(a, target) == rule.function_name(b, target)
 
 
 def distance(a: Workload, b: Workload) -> float:
@@ -197,11 +208,13 @@ def same_architecture(a: Target, b: Target) -> bool:
     return all(a.tvm.get(key) == b.tvm.get(key) for key in ("kind", "arch", "mcpu", "mtriple"))
 
 
-def _by_distance(records: Iterable[TuningRecord], workload: Workload) -> Iterator[list[TuningRecord]]:
+def _by_distance(
+    records: Iterable[TuningRecord], rule: TunableRule, workload: Workload, target: Target
+) -> Iterator[list[TuningRecord]]:
     """Records of the workload's class in groups of one workload, nearest first."""
     groups: dict[Workload, list[TuningRecord]] = {}
     for record in records:
-        if same_class(record.workload, workload):
+        if rule.applies(record.workload, target) and same_class(record.workload, workload, rule, target):
             groups.setdefault(record.workload, []).append(record)
     nearest = sorted(groups, key=lambda other: (distance(other, workload), str(other)))
     yield from (groups[other] for other in nearest)

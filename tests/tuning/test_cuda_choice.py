@@ -53,16 +53,31 @@ def test_records_of_other_sources_need_the_default_of_today(database):
     earlier = replace(NOW, revision="earlier")
     database.add([measured(1.0, TUNED, provenance=earlier)])
     assert database.choose(RULE, PREFILL, A100).level is Level.DEFAULT
-    other = measured(2.0, DEFAULT.replaced({"warps": 8}), origin=Origin.DEFAULT, provenance=earlier)
-    database.add([other])
-    assert database.choose(RULE, PREFILL, A100).level is Level.DEFAULT
-    database.add([measured(2.0, DEFAULT, origin=Origin.DEFAULT, provenance=earlier)])
+    other = measured(1.08, DEFAULT.replaced({"warps": 8}), origin=Origin.DEFAULT, provenance=earlier)
+    database.add([other, measured(1.0, TUNED, workload=SHORT)])
+    assert database.choose(RULE, PREFILL, A100).level is Level.DEFAULT, "nor does a neighbour's stand in for it"
+    database.add([measured(1.08, DEFAULT, origin=Origin.DEFAULT, provenance=earlier)])
     choice = database.choose(RULE, PREFILL, A100)
     assert (choice.level, choice.config, choice.outdated) == (Level.EXACT, TUNED, True)
     assert "with other kernel sources (earlier)" in str(choice)
     database.add([measured(1.5, DEFAULT.replaced({"stages": 4}))])
     now = database.choose(RULE, PREFILL, A100)
     assert now.config.as_dict()["stages"] == 4 and not now.outdated
+
+
+def test_a_large_gain_outlives_the_default_that_it_was_measured_against(database):
+    earlier = replace(NOW, revision="earlier")
+    beaten = measured(1.2, DEFAULT.replaced({"warps": 8}), origin=Origin.DEFAULT, provenance=earlier)
+    database.add([beaten, measured(1.0, TUNED, provenance=earlier)])
+    choice = database.choose(RULE, PREFILL, A100)
+    assert (choice.config, choice.outdated) == (TUNED, True)
+
+
+def test_another_kernel_s_records_are_no_guess(database):
+    sinks = Workload.parse(f"{PREFILL}-sinks")
+    database.add([measured(1.0, TUNED, workload=sinks)])
+    assert database.choose(RULE, PREFILL, A100).level is Level.DEFAULT
+    assert database.choose(RULE, Workload.parse(f"{SHORT}-sinks"), A100).level is Level.NEAREST
 
 
 @pytest.mark.cpu
