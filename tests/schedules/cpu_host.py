@@ -37,18 +37,26 @@ class HostedKernel:
     emulator: tuple[str, ...] = ()
 
     def run(
-        self, call: Call, *, tasks: int = 2, place: str = "end", bshd: bool = False, claimed_queries: int | None = None
+        self,
+        call: Call,
+        *,
+        tasks: int = 2,
+        place: str = "end",
+        bshd: bool = False,
+        claimed_queries: int | None = None,
+        first_key: int = 0,
     ) -> HostedResult:
         """The output (B,H,S,V), asked for in BSHD order where `bshd`. Fails the test where the program does, by a signal too.
 
-        `claimed_queries` lies about the number of queries in query and output.
+        `claimed_queries` lies about the number of queries in query and output. Of a single key/value head, keys and values before
+        `first_key` have no memory: with place "start" they lie in unreadable pages.
         """
         shape = (*call.query.shape[:3], call.value.shape[3])
         output = _nan(shape, call.query.dtype, bshd=bshd)
         number = next(_numbers)
         source = self.program.with_name(f"call{number}")
         target = self.program.with_name(f"output{number}")
-        source.write_bytes(_serialise(call, output, claimed_queries))
+        source.write_bytes(_serialise(call, output, claimed_queries, first_key))
         command = [*self.emulator, str(self.program), str(source), str(target), str(tasks), place]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"kernel host exited with {done.returncode}: {done.stderr}"
@@ -88,7 +96,7 @@ def _nan(shape: tuple[int, ...], dtype: "np.dtype[Any]", *, bshd: bool) -> Array
     return np.full(shape, np.nan, dtype=dtype)
 
 
-def _serialise(call: Call, output: Array, claimed_queries: int | None) -> bytes:
+def _serialise(call: Call, output: Array, claimed_queries: int | None, first_key: int) -> bytes:
     """See kernel_host.c."""
     element = call.query.dtype
     bias = call.bias
@@ -108,15 +116,23 @@ def _serialise(call: Call, output: Array, claimed_queries: int | None) -> bytes:
     parts = []
     for array, rank, dtype in operands:
         claimed = claimed_queries if array is call.query or array is output else None
-        parts.append(_tensor(array, rank, dtype, writable=array is output, claimed_queries=claimed))
+        missing = first_key if array is call.key or array is call.value else 0
+        parts.append(_tensor(array, rank, dtype, writable=array is output, claimed_queries=claimed, missing=missing))
     parts.append(struct.pack("<5q", call.left, call.right, call.offset, call.chunk_size, int(call.zeroed)))
     parts.append(struct.pack("<2d", call.scale, call.softcap))
     return b"".join(parts)
 
 
 def _tensor(
-    array: Array | None, rank: int, dtype: "np.dtype[Any]", *, writable: bool, claimed_queries: int | None
+    array: Array | None,
+    rank: int,
+    dtype: "np.dtype[Any]",
+    *,
+    writable: bool,
+    claimed_queries: int | None,
+    missing: int,
 ) -> bytes:
+    """See kernel_host.c. `missing` rows of the third axis are left out at the start, which is where the first element then is not."""
     if array is None:
         array = np.zeros((0,) * rank, dtype=dtype)
     array = np.asarray(array, dtype=dtype)
@@ -125,9 +141,10 @@ def _tensor(
     strides = [stride // size for stride in array.strides]
     extent = 0 if array.size == 0 else 1 + sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
     memory = np.lib.stride_tricks.as_strided(array, shape=(extent,), strides=(size,)).tobytes()
+    absent = missing * array.strides[2] if missing else 0
     head = struct.pack("<4i", rank, code, bits, int(writable))
     shape = list(array.shape)
     if claimed_queries is not None:
         shape[2] = claimed_queries
-    sizes = struct.pack(f"<{2 * rank}q2q", *shape, *strides, 0, len(memory))
-    return head + sizes + memory
+    sizes = struct.pack(f"<{2 * rank}q2q", *shape, *strides, -absent, len(memory) - absent)
+    return head + sizes + memory[absent:]

@@ -68,6 +68,21 @@ def test_the_guard_notices_one_element(hosts: Callable[..., HostedKernel]) -> No
         hosts(DType.F32, 36, 20).run(call, claimed_queries=65)
 
 
+@pytest.mark.parametrize("queries", [1, 50])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_no_key_before_the_window_is_read(
+    hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int], queries: int
+) -> None:
+    """The first query's window ends at an unreadable page; a key less, and the process dies of reading it."""
+    case = Case(sizes=Sizes(heads=4, kv_heads=1, queries=queries, keys=150), left=17, right=0)
+    call = case.call(*variant)
+    first = call.offset - 17
+    result = hosts(*variant).run(call, place="start", first_key=first)
+    assert np.abs(result.output.astype(np.float64) - banded_attention(call)).max() < KERNEL_ATOL[variant[0]]
+    with pytest.raises(AssertionError, match="exited with -11"):
+        hosts(*variant).run(call, place="start", first_key=first + 1)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_any_number_of_tasks_gives_the_same_bits(
     hosts: Callable[..., HostedKernel], variant: tuple[DType, int, int]
