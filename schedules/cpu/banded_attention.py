@@ -93,8 +93,11 @@ class _Worker:
         self._tiles = tiles
         self._tile_path = TilePath(problem, tiles, TileScratch.allocate(problem, tiles), value_sum)
         memory = RowScratch.allocate(problem, tiles)
-        self._one_head = RowPath(problem, tiles, memory, value_sum, heads=1)
-        self._some_heads = RowPath(problem, tiles, memory, value_sum, heads=tiles.row_heads)
+        # By the most heads that each takes: a group of two should not pay for four.
+        self._row_paths = {
+            heads: RowPath(problem, tiles, memory, value_sum, heads=heads)
+            for heads in sorted({1, min(2, tiles.row_heads), tiles.row_heads})
+        }
         # batch, first head, last head, first query, number of queries: what the row path is to do in this job
         self._row = scratch(5, "int64")
 
@@ -102,11 +105,19 @@ class _Worker:
         either(short, lambda: self._plan_row(job), lambda: self._run_tile(job))
         batch, first, last, query0, count = (load(self._row, i64(i)) for i in range(5))
         with for_range(query0, query0 + count) as query:
+            self._emit_row(sorted(self._row_paths), batch, first, last, query)
+
+    def _emit_row(self, sizes: list[int], batch: Expr, first: Expr, last: Expr, query: Expr) -> None:
+        """By the smallest path that takes these heads."""
+        smallest, *larger = sizes
+        if larger:
             either(
-                equal(first, last),
-                lambda: self._one_head.emit(batch, first, last, query),
-                lambda: self._some_heads.emit(batch, first, last, query),
+                last - first < smallest,
+                lambda: self._row_paths[smallest].emit(batch, first, last, query),
+                lambda: self._emit_row(larger, batch, first, last, query),
             )
+        else:
+            self._row_paths[smallest].emit(batch, first, last, query)
 
     def _set_row(self, *values: Expr) -> None:
         for i, value in enumerate(values):
