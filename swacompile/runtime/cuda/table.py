@@ -24,7 +24,10 @@ def features_of(bits: int) -> Features:
 
 
 def kernel_table(kernels: Sequence[Kernel], arch: CudaArch) -> str:
-    """C++ source of the table of `kernels`, in their order."""
+    """C++ source of the table of `kernels`, in their order. Those that round float32 to tf32 are for who names them: a host
+    that asks for float32 must not get one.
+    """
+    kernels = [kernel for kernel in kernels if not kernel.spec.tf32]
     functions = dict.fromkeys(name for kernel in kernels for name in _functions(kernel) if name is not None)
     declarations = "\n".join(
         f"int {_exported(name)}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);" for name in functions
@@ -35,16 +38,18 @@ def kernel_table(kernels: Sequence[Kernel], arch: CudaArch) -> str:
     exact = "true" if number.endswith("a") else "false"
     return f"""#include "cuda_library.h"
 
+#include <array>
+
 extern "C" {{
 {declarations}
 }}
 
 namespace {{
 
-const swacompile::CudaKernel kernels[] = {{
+const std::array<swacompile::CudaKernel, {len(kernels)}> kernels = {{{{
 {rows}
-}};
-const swacompile::CudaLibrary library = {{swacompile::cuda_library_version, {version[:-1]}, {version[-1]}, {exact}, kernels, {len(kernels)}}};
+}}}};
+const swacompile::CudaLibrary library = {{swacompile::cuda_library_version, {version[:-1]}, {version[-1]}, {exact}, kernels.data(), kernels.size()}};
 
 }}  // namespace
 

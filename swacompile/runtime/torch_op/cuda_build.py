@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from swacompile.errors import ArtifactError, TargetError
@@ -14,7 +15,7 @@ from swacompile.runtime.cuda.table import feature_bits
 from swacompile.runtime.torch_op.build import tvm_version
 from swacompile.schedules.cuda.arch import CUDA_ARCHS, CudaArch
 from swacompile.schedules.cuda.choose import Shape, choose
-from swacompile.schedules.cuda.spec import DTYPES, Features, KernelSpec
+from swacompile.schedules.cuda.spec import DTYPES, KernelSpec
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +42,7 @@ def kernels_for(spec: KernelSpec, arch: CudaArch, shape: Shape) -> tuple[Kernel,
     """
     specs = [spec]
     if not spec.features.zeroed:
-        switched = {name: True for name in (*spec.features.names, "split")}
-        specs.append(
-            KernelSpec(
-                dtype=spec.dtype,
-                head_size=spec.head_size,
-                value_size=spec.value_size,
-                features=Features(**switched),
-            )
-        )
+        specs.append(replace(spec, features=replace(spec.features, split=True)))
     return tuple(Kernel(spec=each, config=choose(each, arch, shape)) for each in specs)
 
 
