@@ -4,7 +4,7 @@ A Replacement is a BandedAttention in terms of the source model's values; a fron
 express is refused here, with its reason, and stays as it is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from swacompile.attention import Attention, BandProof, Finding, Kind, Refutation, Residual, ResidualKind
 from swacompile.passes import operands
@@ -39,7 +39,7 @@ class Replacement:
     bias: str | None = None
     alibi_slopes: Slopes | None = None
     offset: Position | None = None
-    guards: Guards = Guards()
+    guards: Guards = field(default_factory=Guards)
 
 
 def plan_rewrite(

@@ -1,6 +1,6 @@
 """What was found of a mask, apart from the attention that it belongs to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swacompile.attention import Kind, Limits, Residual, Witness
 from swacompile.band import BandMask
@@ -14,7 +14,7 @@ class Verdict:
     residuals: tuple[Residual, ...] = ()
     method: str = ""
     valid_for: tuple[str, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     code: str = ""
     reason: str = ""
     kind: Kind = Kind.UNKNOWN
