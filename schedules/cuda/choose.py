@@ -117,10 +117,19 @@ def wgmma_three_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
         )
     if widest > 64:
         return WgmmaConfig(keys_per_tile=112, consumers=3, pack=shape.pack, pingpong=False, stage_output=True)
-    # Exponentials take as long as products: here turns and overlap pay, and a narrower first tile saves both.
+    # Exponentials take as long as products: here turns and overlap pay.
+    return WgmmaConfig(keys_per_tile=112, consumers=3, pack=shape.pack, overlap=True, stage_output=True)
+
+
+def wgmma_packed_64(spec: KernelSpec, shape: Shape) -> Config | None:
+    """A narrower first tile saves exponentials. With other heads or features ptxas serialises these products (C7511)."""
+    if not (spec.head_size == spec.value_size == 64 and shape.pack >= 4 and not spec.features.names):
+        return None
     return WgmmaConfig(
         keys_per_tile=112,
         consumers=3,
+        key_stages=3,
+        value_stages=3,
         pack=shape.pack,
         overlap=True,
         query_steps=4,
@@ -179,6 +188,13 @@ def mma_float32_small(spec: KernelSpec, shape: Shape) -> Config | None:
 
 DTYPES_OF = {"wgmma": ("float16", "bfloat16"), "mma": ("float16", "bfloat16", "float32")}
 RULES: dict[str, tuple[Rule, ...]] = {
-    "wgmma": (wgmma_split, wgmma_short_packed, wgmma_short, wgmma_three_consumers, wgmma_two_consumers),
+    "wgmma": (
+        wgmma_split,
+        wgmma_short_packed,
+        wgmma_short,
+        wgmma_packed_64,
+        wgmma_three_consumers,
+        wgmma_two_consumers,
+    ),
     "mma": (mma_float32, mma_float32_small, mma_two_row_blocks, mma_any, mma_small),
 }
