@@ -39,7 +39,7 @@ class _Folding:
     def softmax(self, node: Node) -> tuple[Node, ...] | None:
         """What takes the place of a division, None where it is no softmax's."""
         for above, below in self._fractions(node):
-            total = self._sum_behind(below)
+            total = self._reduced(below, "reduce_sum")
             if total is None or self._root(total.inputs[0]) != self._root(above):
                 continue
             axes = total.attrs.get("axes")
@@ -53,7 +53,7 @@ class _Folding:
                     Node(
                         op="softmax",
                         name=node.name,
-                        inputs=(str(argument),),
+                        inputs=(self._unshifted(str(argument), axes[0]),),
                         outputs=node.outputs,
                         attrs={"axis": axes[0]},
                     ),
@@ -76,11 +76,22 @@ class _Folding:
             value = node.inputs[0]
         return value
 
-    def _sum_behind(self, value: str) -> Node | None:
-        """The sum that a value is, repeated along its axis."""
+    def _unshifted(self, value: str, axis: object) -> str:
+        """x where a value is x less its own maximum along the softmax's axis."""
+        node = self.graph.producers.get(self._root(value))
+        if node is None or node.op != "sub":
+            return value
+        largest = self._reduced(node.inputs[1], "reduce_max")
+        own = largest is not None and self._root(largest.inputs[0]) == self._root(node.inputs[0])
+        return (
+            node.inputs[0] if own and largest is not None and largest.attrs.get("axes") in ([axis], (axis,)) else value
+        )
+
+    def _reduced(self, value: str, op: str) -> Node | None:
+        """The reduction that a value is, repeated along its axis."""
         while (node := self.graph.producers.get(value)) is not None and node.op in (*SAME, "expand", "unsqueeze"):
             value = node.inputs[0]
-        return node if node is not None and node.op == "reduce_sum" else None
+        return node if node is not None and node.op == op else None
 
     def _logarithm(self, value: str, place: Node) -> list[object] | None:
         """[nodes on the way ..., the value x] with value = exp(x) up to a factor a row, None where there is none."""

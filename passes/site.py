@@ -145,6 +145,12 @@ def axes_of(reading: Reading, batch: Expr, heads: int, queries: Expr, keys: Expr
     )
 
 
+def merged_index(axes: Axes, heads: int, head: Expr) -> Expr:
+    """The index of (batch, head) on one axis with that many heads a batch; 0 is the only batch of an extent of 1."""
+    batch = ZERO if axes.batch.args == (ONE,) else axes.batch
+    return add(mul(batch, integer(heads)), head)
+
+
 def same_place(found: Expr, expected: Expr) -> bool:
     """Whether two indices agree; 0 is the only index of an axis of extent 1."""
     return found == expected or (found == ZERO and expected.op is Op.SYMBOL and expected.args == (ONE,))
@@ -180,7 +186,7 @@ def _places(reading: Reading, axes: Axes, sequence: Expr, source: Source) -> Ite
     total = const_int(axes.head.args[0]) or 1
     for heads in _divisors(total):
         grouped = floordiv(axes.head, integer(total // heads))
-        merged = add(mul(axes.batch, integer(heads)), grouped)
+        merged = merged_index(axes, heads, grouped)
         orders = {(Layout.BHSD, False): (axes.batch, grouped, sequence), (Layout.BSHD, False): (axes.batch, sequence, grouped),
                   (Layout.BHSD, True): (merged, sequence), (Layout.BSHD, True): (sequence, merged)}  # fmt: skip
         for (layout, is_merged), order in orders.items():

@@ -46,6 +46,7 @@ from swacompile.passes.site import (
     attention,
     axes_of,
     known_size,
+    merged_index,
     place_operand,
     same_place,
     split,
@@ -278,7 +279,7 @@ def _heads(reading: Reading, extents: Sequence[Expr], query: IndexTensor, *, swa
 def _lead(axes: Axes, heads: int, extents: Sequence[Expr]) -> Index:
     """The index of (batch, head) along the leading axes."""
     if len(extents) == 1:
-        return (add(mul(axes.batch, integer(heads)), axes.head),)
+        return (merged_index(axes, heads, axes.head),)
     if len(extents) == 2:
         return (axes.batch, axes.head)
     return (axes.batch, floordiv(axes.head, extents[2]), mod(axes.head, extents[2]))
@@ -342,7 +343,7 @@ def _weights_index(reading: Reading, softmax: Node, form: _Form, weights: Weight
 def _orders(reading: Reading, form: _Form, tensor: IndexTensor, side: int) -> Iterator[Index]:
     """Every order in which a tensor may hold (batch, head, query), with the keys where the product sums."""
     axes, heads = form.axes, form.heads
-    merged = (add(mul(axes.batch, integer(heads)), axes.head),)
+    merged = (merged_index(axes, heads, axes.head),)
     leads: list[Index] = [form.lead, (axes.batch, axes.head), merged]
     for extent in (const_int(reading.sizes.resolve(size)) for size in tensor.shape[:-1]):
         if extent and extent > 1 and heads % extent == 0:
@@ -377,7 +378,7 @@ def _value_places(at_weights: Index, axes: Axes, value: IndexTensor, column: Exp
 
 def _output(reading: Reading, axes: Axes, heads: int, value: str, at: Index, column: Expr) -> Operand:
     """The attention's result: the second product, or the nearest view of it in a known order of axes that is a value of the source."""
-    merged = add(mul(axes.batch, integer(heads)), axes.head)
+    merged = merged_index(axes, heads, axes.head)
     orders = (
         (Layout.BHSD, 0, (axes.batch, axes.head, axes.query, column)),
         (Layout.BHSD, heads, (merged, axes.query, column)),

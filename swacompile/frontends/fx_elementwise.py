@@ -6,6 +6,7 @@ import torch
 
 from swacompile.frontends.fx_call import Call, Result, Untranslated, aligned, op
 from swacompile.graph import FLOATS
+from swacompile.index_expr import add, mul
 
 
 def elementwise(name: str, operands: int) -> Callable[[Call], Result]:
@@ -146,6 +147,13 @@ def _arange(call: Call) -> Result:
     return op("iota", *(call.operand(bound) for bound in bounds), dtype=call.dtype(call.node))
 
 
+def _iota(call: Call) -> Result:
+    """prims.iota: so many numbers from a start on."""
+    start, step = (call.graph.sizes.of(call.number(call.get(name))) for name in ("start", "step"))
+    end = add(start, mul(step, call.graph.sizes.of(call.number(call.get("length")))))
+    return op("iota", *(call.graph.scalar(bound) for bound in (start, end, step)), dtype=call.dtype(call.node))
+
+
 def _filled(value: object) -> Callable[[Call], Result]:
     """A tensor of one number; `value` is the number, or the name of the argument that gives it."""
 
@@ -204,6 +212,7 @@ SAME = (
     "type_as",
     "_to_dtype",
     "positive",
+    "convert_element_type",
 )
 ACTIVATIONS = (
     "sigmoid", "gelu", "silu", "mish", "elu", "leaky_relu", "softplus", "hardtanh", "hardswish", "hardsigmoid", "erf", "sin", "cos",
@@ -237,4 +246,5 @@ OPERATORS: Mapping[str, Callable[[Call], Result]] = {
     "fill": _filled("value"),
     "scalar_tensor": _filled("s"),
     "arange": _arange,
+    "iota": _iota,
 }

@@ -290,6 +290,11 @@ class Translation:
             return self._sizes((self.sizes.of(value),), scalar=True)
         return self._constant(np.asarray(value))
 
+    def scalar(self, expr: Expr) -> str:
+        """A scalar value of integers."""
+        known = const_int(expr)
+        return self._sizes((expr,), scalar=True) if known is None else self._constant(np.asarray(known))
+
     def vector(self, values: "Iterable[int | torch.SymInt | Expr]") -> str:
         """A 1-D value of integers."""
         exprs = tuple(value if isinstance(value, Expr) else self.sizes.of(value) for value in values)

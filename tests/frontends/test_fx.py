@@ -67,6 +67,32 @@ def band_of(mask: torch.Tensor) -> tuple[int, int]:
     return left, right
 
 
+def test_softmax_and_positions_in_parts() -> None:
+    """Decompositions that a compiler asks for: a softmax as maximum, exponential, sum and quotient; positions as prims.iota."""
+    from torch._decomp import core_aten_decompositions, get_decompositions
+
+    aten = torch.ops.aten
+    operators = [aten._softmax, aten.arange.default, aten.arange.start, aten.arange.start_step, aten.masked_fill]
+    program = torch.export.export(spelled.Einsum(spelled.and_of_halves, 4), operands(), dynamic_shapes=GROWING)
+    program = program.run_decompositions({**core_aten_decompositions(), **get_decompositions(operators)})
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "prims.iota.default" in names and "aten._softmax.default" not in names
+    proof = proof_of(read_exported_program(program))
+    assert (proof.mask, proof.kind) == (BandMask(left=3, right=0), Kind.SLIDING)
+
+
+def test_an_attention_in_a_branch_is_named() -> None:
+    class Branch(torch.nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+                return torch.matmul(torch.matmul(query, key.transpose(2, 3)).softmax(-1), value)
+
+            return torch.cond(query.sum() > 0, attend, lambda query, key, value: query + 0, (query, key, value))
+
+    refusal = refusal_of(export(Branch(), operands()))
+    assert (refusal.code, refusal.kind) == ("subgraph", Kind.UNKNOWN)
+
+
 BANDS = (
     spelled.and_of_halves, spelled.absolute_distance, spelled.or_of_halves, spelled.union, spelled.triangles, spelled.triangles_apart,
     spelled.written_in_place, spelled.packed, spelled.without_gradients,

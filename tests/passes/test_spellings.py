@@ -314,3 +314,19 @@ def test_what_is_no_band_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (finding,) = pipeline.inspect(source).findings
     assert isinstance(finding.verdict, Refutation)
     assert finding.verdict.code == code and words in finding.verdict.reason
+
+
+FUSED = """<ir_version: 9, opset_import: ["" : 20, "com.microsoft" : 1]>
+  g (float[B,T,32] q, float[B,T,32] k, float[B,T,32] v) => (float[B,T,32] out) { out = com.microsoft.MultiHeadAttention<num_heads = 4>(q, k, v) }"""
+BRANCH = """<ir_version: 9, opset_import: ["" : 20]>
+  g (float[B,2,T,8] q, float[B,2,T,8] k, float[B,2,T,8] v, bool c) => (float[B,2,T,8] out) {
+    out = If (c) <
+      then_branch = a () => (float[B,2,T,8] y) { kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt) p = Softmax(s) y = MatMul(p, v) },
+      else_branch = b () => (float[B,2,T,8] z) { z = Identity(q) }> }"""
+
+
+@pytest.mark.parametrize(("text", "code"), [(FUSED, "foreign-operator"), (BRANCH, "subgraph")])
+def test_attentions_that_are_not_read_are_named(text: str, code: str, tmp_path: Path) -> None:
+    source = models.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    (finding,) = pipeline.inspect(source).findings
+    assert isinstance(finding.verdict, Refutation) and finding.verdict.code == code
