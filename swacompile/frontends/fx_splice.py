@@ -123,7 +123,9 @@ class _Splicer:
         elif site.output_layout is Layout.BSHD:
             new = self._call(old, aten.transpose.int, (new, 1, 2))
             if site.flat_output:
-                new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), site.heads * _val(value).shape[3]]))
+                new = self._call(
+                    old, aten.reshape.default, (new, [-1, self._size(old, query, 2), site.heads * _val(value).shape[3]])
+                )
         old.replace_all_uses_with(new)
         self.renamed[old.name] = new.name
 
