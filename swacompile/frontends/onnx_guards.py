@@ -1,9 +1,9 @@
 """Conditions on sizes as ONNX nodes: a model that stops with their words where one fails.
 
 ONNX has no assertion. The one here is a Gather from a table of one element, whose name is the conditions: its index is 0 where they hold,
-and outside of the table where they do not. Its result, 0, is added to a size that query, key and value of every replaced attention are
-reshaped to, so that no attention is computed without it. A Reshape moves nothing; and it fails itself where an attention has another
-size than the first one under the same conditions.
+and outside of the table where they do not. Its result, 0, and the index are added to a size that query, key and value of every replaced
+attention are reshaped to, so that no attention is computed without it, and a runtime whose Gather forgives an index fails there. A Reshape
+moves nothing; and it fails itself where an attention has another size than the first one under the same conditions.
 """
 
 from dataclasses import dataclass, field
@@ -105,7 +105,7 @@ class _Writer:
             broken = reduce(self._sum, parts)
             words = "expects " + ", ".join(guards.words)
             zero = self.splicer.add(self.before, "Gather", [self._number(0), broken], name=words)
-            batch = self._sum(batch, zero)
+            batch = self._sum(batch, self._sum(zero, broken))
         return Checked(batch=batch, queries=queries, keys=keys)
 
     def _size(self, extent: Extent) -> ir.Value:
