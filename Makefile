@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test lint fuzz cuda-matrix clean
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py
 
@@ -24,6 +24,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 N ?= 100000
 fuzz: $(VENV)/ready
 	$(RUN) -m tests.passes.fuzz $(N)
+
+# Every CUDA kernel family for every architecture: registers, spills and instructions. Needs nvcc 13 and patience.
+cuda-matrix: $(VENV)/ready
+	$(RUN) -m pytest -m cuda_matrix tests/schedules
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
