@@ -189,9 +189,10 @@ def _forms(reading: Reading, logits: IndexTensor, key_axis: int, score: Node) ->
         )
     anywhere = tuple(reading.sizes.resolve(i) for i in _anywhere(logits))
     place = _score_index(reading, logits, anywhere, score.outputs[0])
-    keys_right = anywhere[key_axis] in walk(place[-1])
+    only_key = logits.shape[key_axis] == ONE  # read at 0, which is no walk along the axis
+    keys_right = only_key or anywhere[key_axis] in walk(place[-1])
     column = place[-1 if keys_right else -2]
-    ahead = const_int(sub(anywhere[key_axis], column))  # 1 where a sink's column comes first
+    ahead = 0 if only_key else const_int(sub(anywhere[key_axis], column))  # 1 where a sink's column comes first
     if ahead not in (0, 1):
         raise NotReadable(
             "score-place", f"the softmax is over an axis on which scores stand at {column}, expected one a key"
