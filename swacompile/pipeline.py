@@ -296,13 +296,13 @@ def read_onnx(model: Path) -> OnnxModel:
 def require_torch(model: object) -> None:
     """Raises ModelError where torch is missing, or the model is no torch program, FX graph or path of a .pt2 file."""
     try:
-        from swacompile import torch_pipeline
+        import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
         raise ModelError(
             f"{model}: a torch program needs torch, which is not installed. Install swacompile[torch]."
         ) from error
+    from swacompile import torch_pipeline
+
     if not torch_pipeline.is_torch(model):
         raise ModelError(f"expected a path, an ExportedProgram or a GraphModule, found {type(model).__name__}.")
 

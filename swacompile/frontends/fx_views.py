@@ -152,11 +152,11 @@ def _part(call: Call) -> Result:
     """One tensor of a list that split, chunk or unbind makes."""
     whole, position = call.node.args
     assert isinstance(whole, fx.Node) and isinstance(position, int)
+    if str(whole.target).startswith("aten.meshgrid"):
+        return _grid(call)
     cut = Call(node=whole, name=call.name, graph=call.graph)
     dim = cut.get("dim")
     axis = cut.axis(cut[0], 0 if dim is None else dim)
-    if str(whole.target).startswith("aten.meshgrid"):
-        return _grid(call)
     if str(whole.target).startswith("aten.unbind"):
         return _take(call, cut[0], axis, integer(position))
     pieces = whole.meta["val"]

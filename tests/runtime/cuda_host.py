@@ -79,7 +79,7 @@ def main() -> None:
     everything = BY_NAME["everything"]
     strided = {name: scattered(tensor) for name, tensor in tensors(everything).items()}
     given, described = tensors(PLAIN), []
-    for _ in range(20):
+    for _ in range(200):
         output = call(PLAIN, given)
         described.append((kernels.stand_in_describes(), output.data_ptr()))
         del output  # its memory is free for the next

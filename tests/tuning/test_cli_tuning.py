@@ -66,7 +66,11 @@ def test_interrupt_keeps_and_a_second_run_continues(tmp_path):
         "--chart",
         tmp_path / "c.html",
     ]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def listen() -> None:  # a shell's background job ignores SIGINT, and so would the child
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 120
     while not store.read(path).records and time.monotonic() < deadline:
         time.sleep(0.05)
