@@ -19,16 +19,6 @@ constexpr double multiplications_worth_a_thread = 2e5;  // some 10 us of work; w
 
 std::atomic<uint64_t> calls{0};
 
-DLDataType dl_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return {kDLFloat, 32, 1};
-    case at::kHalf: return {kDLFloat, 16, 1};
-    case at::kBFloat16: return {kDLBfloat, 16, 1};
-    case at::kLong: return {kDLInt, 64, 1};
-    default: return {kDLUInt, 8, 1};
-  }
-}
-
 // The argument array of one kernel call (docs/operator.md, CPU kernel ABI); points into itself and keeps the tensors.
 class Arguments {
  public:
@@ -43,8 +33,8 @@ class Arguments {
     add_optional(expanded_bias(is), type, 4);
     add_packed(is.alibi_slopes, at::kFloat, 1);
     add_tensor(output);
-    add_int(with.left < 0 ? unbounded : std::min(with.left, unbounded));
-    add_int(with.right < 0 ? unbounded : std::min(with.right, unbounded));
+    add_int(side(with.left));
+    add_int(side(with.right));
     add_int(offset_of(is, with));
     add_int(with.chunk_size);
     add_int(with.zeroed);
@@ -136,7 +126,6 @@ void run_on_torch_threads(const void*, void (*task)(void* user, size_t i), size_
 int choose_tasks(const Operands& is, const Options& with) {
   const int threads = at::get_num_threads();
   if (threads == 1 || at::in_parallel_region()) return 1;
-  const auto side = [](int64_t size) { return size < 0 ? unbounded : size; };
   const double visible = static_cast<double>(std::min(is.key.size(2), side(with.left) + side(with.right) + 1));
   const double rows = static_cast<double>(is.query.size(0) * is.query.size(1)) * static_cast<double>(is.query.size(2));
   const double work = rows * visible * static_cast<double>(is.query.size(3) + is.value.size(3));

@@ -26,16 +26,6 @@ constexpr int most_arguments = 24;
 
 std::atomic<uint64_t> calls{0};
 
-DLDataType dl_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return {kDLFloat, 32, 1};
-    case at::kHalf: return {kDLFloat, 16, 1};
-    case at::kBFloat16: return {kDLBfloat, 16, 1};
-    case at::kLong: return {kDLInt, 64, 1};
-    default: return {kDLUInt, 8, 1};
-  }
-}
-
 // Where a tensor lies. Words only, compared as they lie in memory.
 struct Place {
   void* data = nullptr;
@@ -135,8 +125,6 @@ class TensorMaps {
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t side(int64_t size) { return size < 0 ? unbounded : std::min(size, unbounded); }
 
 uint32_t features_of(const Operands& is, const Options& with) {
   const auto bit = [](bool on, uint32_t value) { return on ? value : 0; };

@@ -104,6 +104,18 @@ int64_t offset_of(const Operands& is, const Options& options) {
   return offset;
 }
 
+int64_t side(int64_t size) { return size < 0 ? unbounded : std::min(size, unbounded); }
+
+DLDataType dl_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return {kDLFloat, 32, 1};
+    case at::kHalf: return {kDLFloat, 16, 1};
+    case at::kBFloat16: return {kDLBfloat, 16, 1};
+    case at::kLong: return {kDLInt, 64, 1};
+    default: return {kDLUInt, 8, 1};
+  }
+}
+
 }  // namespace swacompile
 
 TORCH_LIBRARY(swacompile, library) {

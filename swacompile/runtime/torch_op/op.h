@@ -8,6 +8,8 @@
 #include <optional>
 #include <tuple>
 
+#include <tvm/ffi/c_api.h>
+
 namespace swacompile {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -46,5 +48,11 @@ at::Tensor empty_output(const Operands& operands, const Options& options);
 
 // The key position of query 0. Reads the operand where there is one, so on CUDA it waits for the device.
 int64_t offset_of(const Operands& operands, const Options& options);
+
+// A side of the window as kernels take it: `unbounded` for -1 and for what is longer.
+int64_t side(int64_t size);
+
+// The element type of an operand as kernels take it; bool is uint8.
+DLDataType dl_type(at::ScalarType type);
 
 }  // namespace swacompile
