@@ -5,7 +5,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from swacompile.cli_tuning import Folder, records_folder
 from swacompile.errors import ArgumentError, OutputError, TargetError
 from swacompile.target import Target, TargetClass, host_targets, target_named
 from swacompile.tuning.database import Database
+from swacompile.workload import DType
 
 if TYPE_CHECKING:
     from swacompile.report import bench_cuda
@@ -232,7 +233,7 @@ def _cuda_cases(text: str, length: int | None) -> "Iterator[bench_cuda.Case]":
         if case.softcap or case.columns != case.head_size:
             raise ArgumentError(f"{text}: the CUDA benchmark times neither softcap nor value sizes of their own")
         yield bench_cuda.Case(
-            name=str(case.workload).replace("f32", "bf16").replace("f16", "bf16"),
+            name=str(replace(case.workload, dtype=DType.BF16)),
             batch=1,
             heads=case.heads,
             kv_heads=case.kv_heads,

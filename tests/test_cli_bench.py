@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from swacompile import cli_bench
+
 WORKLOAD = "f32-d16-v16-g2-w16-n64"
 
 
@@ -64,3 +66,9 @@ def test_table_of_a_model(run_cli, corpus):
     assert result.code == 0
     assert "| 4/2 heads, D 8, 64 x 64, window 5, key padding | 1 | swacompile |" in result.out
     assert "1 x 64, window 5" in result.out and "the fastest peer, ORT dense" in result.out
+
+
+def test_cuda_cases_are_named_by_the_type_they_run_in():
+    pytest.importorskip("torch")
+    (case,) = cli_bench._cuda_cases("f32-d64-v64-g4-w512-n2048", None)
+    assert (case.name, case.left, case.keys) == ("bf16-d64-v64-g4-w512-n2048", 511, 2048)
