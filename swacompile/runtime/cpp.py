@@ -6,30 +6,44 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from swacompile.errors import ToolchainError
 
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 300
-FLAGS = ("-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+FLAGS = ("-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+OBJECT = ".o"
 # -Bsymbolic and the version script: a loaded libtvm_ffi must not take over the symbols that kernels call here.
 # nodelete: whoever loads the library keeps pointers into it.
-LINKER_FLAGS = ("-Wl,-Bsymbolic", "-Wl,-z,nodelete")
+LINKER_FLAGS = ("-shared", "-Wl,-Bsymbolic", "-Wl,-z,nodelete")
 
 
 def link(
     sources: Sequence[Path], output: Path, *, exports: Path, includes: Sequence[Path] = (), flags: Sequence[str] = ()
 ) -> Path:
-    """Compile `sources` (C++ or object files) into `output`, replacing it whole; gives `output`.
+    """Compile `sources` (C++ or object files), as many at once as there are processors, and link them into `output`,
+    replacing it whole; gives `output`.
 
-    `exports` is the linker's version script. Raises ToolchainError where there is no C++ compiler or it fails.
+    `exports` is the linker's version script; `flags` are the compiler's and the linker's. Raises ToolchainError where
+    there is no C++ compiler or it fails.
     """
-    command = find_compiler()
+    command = (find_compiler(), *FLAGS)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".swacompile-") as folder:
+
+        def compiled(numbered: tuple[int, Path]) -> str:
+            number, source = numbered
+            if source.suffix == OBJECT:
+                return str(source)
+            made = str(Path(folder, f"{number}{OBJECT}"))
+            _run(*command, *flags, *(f"-I{include}" for include in includes), "-c", str(source), "-o", made)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, enumerate(sources)))
         linked = Path(folder, "library.so")
-        paths = [*(f"-I{include}" for include in includes), *map(str, sources)]
-        _run(command, *FLAGS, *paths, f"-Wl,--version-script={exports}", *LINKER_FLAGS, *flags, "-o", str(linked))
+        _run(*command, *objects, f"-Wl,--version-script={exports}", *LINKER_FLAGS, *flags, "-o", str(linked))
         os.replace(linked, output)
     return output
 
