@@ -170,7 +170,7 @@ def _scores(problem: Problem, block: Block, query: Tensor, key: Tensor) -> tuple
     if problem.alibi_slopes is not None:
         scores = scores + _grouped_heads(problem.alibi_slopes, problem) * _distance(problem, block)
     if problem.bias is not None:
-        scores = scores + _grouped(problem.bias, problem)[:, :, :, block.queries, block.keys].float()
+        scores = scores + _grouped(problem.bias, problem)[:, :, :, _bias_rows(problem.bias, block), block.keys].float()
     return scores, slope
 
 
@@ -250,5 +250,10 @@ def _add_additive(problem: Problem, block: Block, score_grad: Tensor, sums: Grad
         sums.alibi_slopes.add_((score_grad * _distance(problem, block)).sum((0, 3, 4)))
     if sums.bias is not None:
         by_head = score_grad.flatten(1, 2)
-        part = sums.bias[:, :, block.queries, block.keys]
-        part += by_head.sum_to_size((sums.bias.shape[0], sums.bias.shape[1], *by_head.shape[2:]))
+        part = sums.bias[:, :, _bias_rows(sums.bias, block), block.keys]
+        part += by_head.sum_to_size(part.shape)
+
+
+def _bias_rows(bias: Tensor, block: Block) -> slice:
+    """A bias may have one row for all queries."""
+    return block.queries if bias.shape[2] != 1 else slice(None)

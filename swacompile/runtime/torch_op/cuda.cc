@@ -52,7 +52,20 @@ class View {
     view_ = {place_.data, {kDLCUDA, gpu_index}, rank, dl_type(kept_.scalar_type()), place_.sizes, place_.strides, 0};
   }
 
-  DLTensor* get() { return kept_.defined() ? &view_ : nullptr; }
+  // float32 in one piece; whoever calls keeps the memory.
+  void show(float* data, at::IntArrayRef sizes, int gpu_index) {
+    const int rank = static_cast<int>(sizes.size());
+    place_.data = data;
+    int64_t stride = 1;
+    for (int axis = rank - 1; axis >= 0; --axis) {
+      place_.sizes[axis] = sizes[axis];
+      place_.strides[axis] = stride;
+      stride *= sizes[axis];
+    }
+    view_ = {data, {kDLCUDA, gpu_index}, rank, dl_type(at::kFloat), place_.sizes, place_.strides, 0};
+  }
+
+  DLTensor* get() { return view_.shape != nullptr ? &view_ : nullptr; }
   const Place& place() const { return place_; }
 
  private:
@@ -158,11 +171,12 @@ class Launch {
   void run() {
     if (kernel_->sum_values != nullptr) sum_values();
     if (kernel_->combine == nullptr) return launch(output_);
-    const auto options = is_.query.options().dtype(at::kFloat);
     const int64_t batch = shares_ * is_.query.size(0), heads = is_.query.size(1), queries = is_.query.size(2);
+    const int64_t rows = batch * heads * queries, size = is_.value.size(3);
+    const at::Tensor shares = at::empty({rows * (size + 1)}, is_.query.options().dtype(at::kFloat));
     View partial;
-    partial.show(at::empty({batch, heads, queries, is_.value.size(3)}, options), index_);
-    lse_.show(at::empty({batch, heads, queries}, options), index_);
+    partial.show(shares.data_ptr<float>(), {batch, heads, queries, size}, index_);
+    lse_.show(shares.data_ptr<float>() + rows * size, {batch, heads, queries}, index_);
     launch(partial);
     Arguments().tensor(partial).tensor(lse_).tensor(output_).tensor(sinks_).none().integer(shares_).call(kernel_->combine);
   }

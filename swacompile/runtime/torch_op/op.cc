@@ -1,6 +1,6 @@
 #include "op.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@ namespace swacompile {
 namespace {
 
 constexpr char name[] = "swacompile::banded_attention";
+constexpr int64_t farthest_offset = int64_t{1} << 29;  // beyond it a query stands before or behind all keys
 
 void check_type(const char* operand, const at::Tensor& found, at::ScalarType type) {
   TORCH_CHECK(found.scalar_type() == type, name, ": operand ", operand, ": expected ", type, ", found ", found.scalar_type());
@@ -48,8 +49,8 @@ void check_bias(const Operands& is) {
   check_type("bias", bias, is.query.scalar_type());
   const int64_t batch = is.query.size(0), heads = is.query.size(1), queries = is.query.size(2), keys = is.key.size(2);
   const bool fits = bias.dim() == 4 && (bias.size(0) == 1 || bias.size(0) == batch) &&
-                    (bias.size(1) == 1 || bias.size(1) == heads) && bias.size(2) == queries && bias.size(3) == keys;
-  TORCH_CHECK(fits, name, ": operand bias: expected shape (1 or B, 1 or H, S, T) with (B, H, S, T) = ",
+                    (bias.size(1) == 1 || bias.size(1) == heads) && (bias.size(2) == 1 || bias.size(2) == queries) && bias.size(3) == keys;
+  TORCH_CHECK(fits, name, ": operand bias: expected shape (1 or B, 1 or H, 1 or S, T) with (B, H, S, T) = ",
               at::IntArrayRef({batch, heads, queries, keys}), ", found ", bias.sizes());
 }
 
@@ -92,16 +93,16 @@ void check(const Operands& is, const Options& options) {
 
 at::Tensor empty_output(const Operands& is, const Options& options) {
   const int64_t batch = is.query.size(0), heads = is.query.size(1), queries = is.query.size(2), size = is.value.size(3);
-  if (!options.bshd_output) return at::empty({batch, heads, queries, size}, is.query.options());
-  return at::empty({batch, queries, heads, size}, is.query.options()).transpose(1, 2);
+  const auto steps = [](int64_t extent, int64_t stride) { return std::max<int64_t>(extent, 1) * stride; };
+  const int64_t inner = steps(size, 1), middle = steps(options.bshd_output ? heads : queries, inner);
+  const int64_t outer = steps(options.bshd_output ? queries : heads, middle);
+  const int64_t of_head = options.bshd_output ? inner : middle, of_query = options.bshd_output ? middle : inner;
+  return at::empty_strided({batch, heads, queries, size}, {outer, of_head, of_query, 1}, is.query.options());
 }
 
 int64_t offset_of(const Operands& is, const Options& options) {
   if (!is.offset.has_value()) return options.bottom_right ? is.key.size(2) - is.query.size(2) : 0;
-  const int64_t offset = is.offset->item<int64_t>();
-  TORCH_CHECK(offset >= -unbounded && offset <= unbounded, name, ": operand offset: expected an integer of 32 bits, found ",
-              offset);
-  return offset;
+  return std::clamp(is.offset->item<int64_t>(), -farthest_offset, farthest_offset);
 }
 
 int64_t side(int64_t size) { return size < 0 ? unbounded : std::min(size, unbounded); }

@@ -24,7 +24,7 @@ struct Options {
   bool zeroed, bshd_output;
 };
 
-// Operands in the schema's order; (B, H, S, D), (B, K, T, D), (B, K, T, V), (B, T), (B, T), (H,), (1 or B, 1 or H, S, T), (H,), ().
+// Operands in the schema's order; (B, H, S, D), (B, K, T, D), (B, K, T, V), (B, T), (B, T), (H,), (1 or B, 1 or H, 1 or S, T), (H,), ().
 struct Operands {
   const at::Tensor &query, &key, &value;
   const OptionalTensor &key_padding, &segments, &sinks, &bias, &alibi_slopes, &offset;
