@@ -95,7 +95,8 @@ class Database:
         or the default.
 
         A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
-        device. One that was compared with another default than today's counts only if its gain was large: where such
+        device. Records of earlier kernel sources step back behind today's of the same workload from a sibling of the
+        target. One that was compared with another default than today's counts only if its gain was large: where such
         records are all that there is of this workload, the default is today's.
         """
         space, revision = rule.space(workload, target), rule.revision()
@@ -118,12 +119,16 @@ class Database:
     def _levels(
         self, rule: TunableRule, workload: Workload, target: Target
     ) -> Iterator[tuple[Level, list[TuningRecord]]]:
-        own = self.records(target.name)
-        yield Level.EXACT, [record for record in own if record.workload == workload]
-        yield from ((Level.NEAREST, group) for group in _by_distance(own, rule, workload, target))
-        others = [other for other in TARGETS if other != target and same_architecture(other, target)]
-        records = [record for other in others for record in self.records(other.name)]
-        yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(records, rule, workload, target))
+        own, revision = self.records(target.name), rule.revision()
+        siblings = [other for other in TARGETS if other != target and same_architecture(other, target)]
+        others = [record for other in siblings for record in self.records(other.name)]
+        exact = [record for record in own if record.workload == workload]
+        nearest = _by_distance(own, rule, workload, target)
+        for level, group in ((Level.EXACT, exact), *((Level.NEAREST, group) for group in nearest)):
+            if group and all(record.provenance.revision != revision for record in group):
+                yield Level.SAME_ARCHITECTURE, _of_today(others, group[0].workload, revision)
+            yield level, group
+        yield from ((Level.SAME_ARCHITECTURE, group) for group in _by_distance(others, rule, workload, target))
 
 
 def _holds_still(
@@ -218,6 +223,10 @@ def _by_distance(
             groups.setdefault(record.workload, []).append(record)
     nearest = sorted(groups, key=lambda other: (distance(other, workload), str(other)))
     yield from (groups[other] for other in nearest)
+
+
+def _of_today(records: Iterable[TuningRecord], workload: Workload, revision: str) -> list[TuningRecord]:
+    return [record for record in records if record.workload == workload and record.provenance.revision == revision]
 
 
 def comparable(records: Iterable[TuningRecord], workload: Workload, provenance: Provenance) -> list[TuningRecord]:

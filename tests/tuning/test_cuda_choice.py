@@ -65,6 +65,27 @@ def test_records_of_other_sources_need_the_default_of_today(database):
     assert now.config.as_dict()["stages"] == 4 and not now.outdated
 
 
+def test_earlier_sources_step_back_behind_a_sibling_s_records_of_today(database):
+    l40s, twin = target_named("nvidia_l40s"), "geforce_rtx_4090"
+    default = RULE.default(PREFILL, l40s)
+    earlier, faster = replace(NOW, revision="earlier"), default.replaced({"stages": 4})
+    own = [
+        measured(1.0, default.replaced({"stages": 3}), provenance=earlier, target=l40s.name),
+        measured(1.05, default, origin=Origin.DEFAULT, provenance=earlier, target=l40s.name),
+    ]
+    theirs = [measured(1.0, faster, target=twin), measured(1.05, default, origin=Origin.DEFAULT, target=twin)]
+    database.add(own)
+    assert database.choose(RULE, PREFILL, l40s).level is Level.EXACT
+    database.add([replace(record, provenance=earlier) for record in theirs])
+    assert database.choose(RULE, PREFILL, l40s).level is Level.EXACT, "no better than one's own of the same age"
+    database.add(theirs)
+    for workload in (PREFILL, SHORT):
+        choice = database.choose(RULE, workload, l40s)
+        assert (choice.level, choice.config) == (Level.SAME_ARCHITECTURE, faster)
+    database.add([replace(record, provenance=NOW) for record in own])
+    assert database.choose(RULE, PREFILL, l40s).level is Level.EXACT
+
+
 def test_a_large_gain_outlives_the_default_that_it_was_measured_against(database):
     earlier = replace(NOW, revision="earlier")
     beaten = measured(1.2, DEFAULT.replaced({"warps": 8}), origin=Origin.DEFAULT, provenance=earlier)
