@@ -18,10 +18,11 @@ from swacompile.errors import ArgumentError
 from swacompile.target import TARGETS, Target, TargetClass, cpu_flags, host_targets, matching_targets, target_named
 from swacompile.tuning import store
 from swacompile.tuning.database import Database, best
+from swacompile.tuning.gains import Gain, gains, groups, markdown, needed
 from swacompile.tuning.record import Status, TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.tuning.search import Limits
-from swacompile.tuning.tune import Tuned, default_of, tuned_elsewhere
+from swacompile.tuning.tune import Tuned, tuned_elsewhere
 from swacompile.tuning.turns import DEFAULT_LOCK
 from swacompile.workload import Workload
 
@@ -216,7 +217,7 @@ def _import(results: Path, database: Database, chart: Path | None) -> None:
     if chart is not None:
         from swacompile.tuning.chart import page
 
-        chart.write_text(page([tuned_elsewhere(group) for group in _groups(store.read(results).records)]))
+        chart.write_text(page([tuned_elsewhere(group) for group in groups(store.read(results).records)]))
 
 
 def _workloads(text: str) -> tuple[Workload, ...]:
@@ -275,7 +276,7 @@ def records(
     action: Annotated[
         str,
         typer.Argument(
-            help="list: the best record of each workload; compare: beside the default; prune: drop what is superseded; merge: add records of other files."
+            help="list: the best record of each workload; compare: beside the default; markdown: the same as tables for a document; prune: drop what is superseded; merge: add records of other files."
         ),
     ] = "list",
     files: Annotated[list[Path] | None, typer.Argument(help="For merge: files of records.")] = None,
@@ -288,53 +289,45 @@ def records(
     """
     database = Database(folders=(records_folder(folder),))
     targets = (target_named(target_name),) if target_name else TARGETS
+    found = [gain for target in targets for gain in gains(database.records(target.name))]
     if action in ("list", "compare"):
-        _show(database, targets, compare=action == "compare")
+        _show(found, compare=action == "compare")
+    elif action == "markdown":
+        print(markdown(found))
     elif action == "prune":
         _prune(database, targets)
     elif action == "merge":
-        added = database.merge(record for path in files or () for record in store.read(path).records)
-        out.print(f"{added} new records")
+        _merge(database, files or ())
     else:
-        raise ArgumentError(f"unknown action {action!r}: expected list, compare, prune or merge")
+        raise ArgumentError(f"unknown action {action!r}: expected list, compare, markdown, prune or merge")
 
 
-def _show(database: Database, targets: Sequence[Target], *, compare: bool) -> None:
-    table = Table(
-        "target",
-        "workload",
-        "device",
-        "threads",
-        "date",
-        "median",
-        "spread",
-        *(["default", "gain"] if compare else []),
-        "config",
-    )
-    for target in targets:
-        for group in _groups(database.records(target.name)):
-            chosen, default = best(group), default_of(group)
-            if chosen is None or chosen.median_us is None:
-                continue
-            origin, extra = chosen.provenance, []
-            if compare:
-                known = default is not None and default.median_us is not None and default.rung == chosen.rung
-                other = default.median_us if known and default is not None and default.median_us else None
-                extra = [f"{other:,.1f} us", f"{other / chosen.median_us:.2f}"] if other else ["", ""]
-            table.add_row(
-                target.name, str(chosen.workload), origin.device, str(origin.threads), chosen.date[:10],
-                f"{chosen.median_us:,.1f} us", f"{chosen.spread or 0:.1%}", *extra, str(chosen.config),
-            )  # fmt: skip
+def _show(found: Sequence[Gain], *, compare: bool) -> None:
+    columns = ["target", "workload", "device", "threads", "date", "median", "spread"]
+    table = Table(*columns, *(["default", "gain", "what differs"] if compare else ["config"]))
+    for gain in found:
+        record, rest = gain.chosen, [str(gain.chosen.config)]
+        if compare:
+            rest = [_time(gain.default), "" if gain.ratio is None else f"{gain.ratio:.2f}", gain.changes]
+        table.add_row(
+            record.target, str(record.workload), record.provenance.device, str(record.provenance.threads),
+            record.date[:10], _time(record), f"{record.spread or 0:.1%}", *rest,
+        )  # fmt: skip
     out.print(table)
 
 
-def _groups(found: Sequence[TuningRecord]) -> list[list[TuningRecord]]:
-    """Records that can be compared with each other."""
-    groups: dict[object, list[TuningRecord]] = {}
-    for record in found:
-        origin = record.provenance
-        groups.setdefault((str(record.workload), origin.device, origin.threads, origin.revision), []).append(record)
-    return list(groups.values())
+def _time(record: TuningRecord | None) -> str:
+    return f"{record.median_us:,.1f} us" if record is not None and record.median_us else ""
+
+
+def _merge(database: Database, files: Sequence[Path]) -> None:
+    if not files:
+        raise ArgumentError("nothing to merge: give files of records")
+    for path in files:
+        if not path.is_file():
+            raise ArgumentError(f"{path}: expected a file of records, found none")
+    added = database.merge(record for path in files for record in store.read(path).records)
+    out.print(f"{added} new records")
 
 
 def _prune(database: Database, targets: Sequence[Target]) -> None:
@@ -345,21 +338,9 @@ def _prune(database: Database, targets: Sequence[Target]) -> None:
             continue
         with store.edit(path) as kept:
             before = len(kept)
-            kept[:] = superseded_dropped(kept)
+            kept[:] = needed(kept)
             after = len(kept)
         out.print(f"{path}: {before - after} of {before} records dropped")
-
-
-def superseded_dropped(found: Sequence[TuningRecord]) -> list[TuningRecord]:
-    """The records that a choice needs: of each workload, device and number of threads the best one and the default beside it."""
-    newest: dict[object, list[TuningRecord]] = {}
-    for group in _groups(found):
-        origin = group[0].provenance
-        place = (str(group[0].workload), origin.device, origin.threads)
-        if best(group) is not None and (place not in newest or group[-1].date >= newest[place][-1].date):
-            newest[place] = group
-    wanted = {r.line() for group in newest.values() for r in (best(group), default_of(group)) if r is not None}
-    return [record for record in found if record.line() in wanted]
 
 
 def register(app: typer.Typer) -> None:

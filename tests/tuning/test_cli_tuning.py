@@ -96,10 +96,14 @@ def test_records_list_compare_prune_merge(run_cli, tmp_path):
     store.append(folder / "x86_64_v4.jsonl", [*dropped, default, chosen])
     listed = run_cli("records", "list", "--records", folder, "--target", "x86_64_v4").out
     assert str(chosen.config) in listed and "50.0 us" in listed and "test device" in listed
-    assert "2.00" in run_cli("records", "compare", "--records", folder, "--target", "x86_64_v4").out
+    compared = run_cli("records", "compare", "--records", folder, "--target", "x86_64_v4").out
+    assert "2.00" in compared and "keys=48" in compared
+    assert "| 100 | 50.0 | 2.00 |" in run_cli("records", "markdown", "--records", folder, "--target", "x86_64_v4").out
     assert "2 of 4 records dropped" in run_cli("records", "prune", "--records", folder).out
     assert store.read(folder / "x86_64_v4.jsonl").records == (default, chosen)
     other = tmp_path / "other.jsonl"
     store.append(other, [chosen, record(10.0, workload="f32-d64-v64-g1-w16-n16")])
     assert "1 new records" in run_cli("records", "merge", other, "--records", folder).out
+    assert "expected a file of records" in run_cli("records", "merge", tmp_path / "none", "--records", folder).err
+    assert "nothing to merge" in run_cli("records", "merge", "--records", folder).err
     assert "unknown action" in run_cli("records", "burn", "--records", folder).err
