@@ -7,11 +7,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from swacompile import torch_pipeline
@@ -58,12 +60,17 @@ def _traced(module: fx.GraphModule) -> fx.GraphModule | None:
         log.info("not rewritten: the captured graph has no fake inputs")
         return None
     try:
-        with mode, enable_python_dispatcher():
+        with _tracing_with(mode), mode, enable_python_dispatcher():
             traced: fx.GraphModule = make_fx(fx.Interpreter(module).run, pre_dispatch=True)(*fakes)
     except Exception as error:  # whatever tracing cannot do, inductor still can
         log.info("not rewritten: the graph cannot be traced to ATen operators (%s)", error)
         return None
     return traced
+
+
+def _tracing_with(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Tracing that finds this mode where it asks for the current one, as torch up to 2.9 does at a tensor literal."""
+    return nullcontext() if TracingContext.try_get() is None else TracingContext.patch(fake_mode=mode)
 
 
 def _inductor(
