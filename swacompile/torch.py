@@ -10,7 +10,10 @@ docs/operator.md's BandedAttention on tensors of the order (batch, heads, length
 shape is the same either way. Importing compiles the operator for this version of torch where that was not done before.
 """
 
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,25 @@ OPERATOR = "swacompile::banded_attention"
 BACKWARD = f"{OPERATOR}_backward"
 
 _library = OperatorLibrary(operator_library())
+
+
+def backend(module: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile's backend "swacompile" (torch_backend.py)."""
+    from swacompile.torch_backend import swacompile
+
+    return swacompile(module, inputs, **options)
+
+
+def _register_backend() -> None:
+    """Make the backend's name known to torch where no installed package does: in a source tree on the path."""
+    if entry_points(group="torch_dynamo_backends", name="swacompile"):
+        return
+    from torch._dynamo import register_backend
+
+    register_backend(backend, name="swacompile")
+
+
+_register_backend()
 
 
 def overload() -> torch._ops.OpOverload:

@@ -1,5 +1,7 @@
 """torch.compile with backend="swacompile": what is replaced, recompilation, gradients, and what is left to inductor."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -87,3 +89,21 @@ def test_leaves_the_rest_as_it_was_captured(handed: list[torch.fx.GraphModule]) 
     assert [node.target for node in handed[0].graph.nodes if node.op == "call_function"] == [
         torch._C._nn.scaled_dot_product_attention
     ]
+
+
+UNINSTALLED = """
+from importlib import metadata
+installed = metadata.entry_points
+metadata.entry_points = lambda **given: metadata.EntryPoints(e for e in installed(**given) if e.name != "swacompile")
+import torch, swacompile.torch
+found = torch.compile(lambda x: x + 1, backend="swacompile")(torch.ones(2))
+print(found.tolist(), torch._dynamo.list_backends().count("swacompile"))
+"""
+
+
+def test_its_name_is_known_after_the_import_alone() -> None:
+    """Where the package is not installed, so that torch finds no entry point."""
+    command = [sys.executable, "-c", UNINSTALLED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["[2.0,", "2.0]", "1"]
