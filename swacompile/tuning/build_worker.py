@@ -5,6 +5,7 @@ from pathlib import Path
 from swacompile.target import target_named
 from swacompile.tuning.config import Config
 from swacompile.tuning.rules import rule_for
+from swacompile.tuning.runner import without_torch
 from swacompile.tuning.worker import Document, serve
 from swacompile.workload import Workload
 
@@ -21,4 +22,5 @@ def answer(request: Document) -> Document:
 
 
 if __name__ == "__main__":
+    without_torch()
     serve(answer)

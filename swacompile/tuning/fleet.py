@@ -7,6 +7,7 @@ trusted, closed network.
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -22,29 +23,32 @@ RPC_COMMAND = python_module("swacompile.tuning.rpc_worker")
 RUN_SECONDS = 60.0
 WAIT_SECONDS = 120.0
 """How long to wait for a free server."""
+RETURN_SECONDS = 3.0
+"""How long a server may be away from the tracker: it registers again when a kernel has crashed its session."""
 ATTEMPTS = 3
 """Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed: servers must
 outlive a crash, as swacompile.tuning.rpc_server does."""
 
 
 class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
-    """Every server that a tracker has under one key. They are taken to be alike. Leaving the context ends the connections."""
+    """Every server that a tracker has under one key: all of one device. Leaving the context ends the connections."""
 
     def __init__(
-        self, bench: Workbench, *, tracker: tuple[str, int], key: str, device: str | None = None, threads: int = 1,
-        run_seconds: float = RUN_SECONDS, wait_seconds: float = WAIT_SECONDS,
+        self, bench: Workbench, *, tracker: tuple[str, int], key: str, threads: int = 1, run_seconds: float = RUN_SECONDS,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:  # fmt: skip
         self._bench = bench
         self._tracker, self._key = tracker, key
-        self._device = device or key
+        self._device: tuple[str, str | None] | None = None
         self._threads = threads
         self._run_seconds, self._wait_seconds = run_seconds, wait_seconds
+        self._first = Worker(RPC_COMMAND)
         self._workers: list[Worker] = []
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for worker in self._workers:
+        for worker in (self._first, *self._workers):
             worker.close()
 
     @property
@@ -53,7 +57,14 @@ class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
 
     @property
     def provenance(self) -> Provenance:
-        return provenance_here(self.target, device=self._device, threads=self._threads)
+        """Name and driver are those that a server gives. Raises TargetError where none comes free."""
+        if self._device is None:
+            worker = self._connected()[0]
+            self._open_session(worker)
+            worker.ask({"do": "close"}, seconds=self._wait_seconds)
+        assert self._device is not None
+        name, driver = self._device
+        return provenance_here(self.target, device=name, threads=self._threads, driver=driver)
 
     def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
         """As many candidates at once as the key has servers. Raises TargetError where no server comes free."""
@@ -83,25 +94,27 @@ class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
     def _connected(self) -> list[Worker]:
         """One process a server, kept between calls: each takes seconds to start."""
         if not self._workers:
-            self._workers = [Worker(RPC_COMMAND) for _ in range(self.servers())]
+            self._workers = [self._first, *(Worker(RPC_COMMAND) for _ in range(self.servers() - 1))]
         return self._workers
 
     def servers(self) -> int:
         """How many servers the tracker has under the key, free or busy. Raises TargetError where there is none."""
-        worker = Worker(RPC_COMMAND)
-        try:
-            answer = worker.ask(self._request("count"), seconds=self._wait_seconds)
-        except WorkerFailed as error:
-            answer = {"count": 0, "message": str(error)}
-        finally:
-            worker.close()
-        if not answer["count"]:
-            host, port = self._tracker
-            raise TargetError(
-                f"no server with key {self._key!r} at the tracker {host}:{port} ({answer['message'] or 'it answers'}): "
-                f"start one with `python -m swacompile.tuning.rpc_server --tracker {host}:{port} --key {self._key}`"
-            )
-        return int(answer["count"])
+        deadline = time.monotonic() + RETURN_SECONDS
+        while True:
+            try:
+                answer = self._first.ask(self._request("count"), seconds=self._wait_seconds)
+            except WorkerFailed as error:
+                answer = {"count": 0, "message": str(error)}
+            if answer["count"]:
+                return int(answer["count"])
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        host, port = self._tracker
+        raise TargetError(
+            f"no server with key {self._key!r} at the tracker {host}:{port} ({answer['message'] or 'it answers'}): "
+            f"start one with `python -m swacompile.tuning.rpc_server --tracker {host}:{port} --key {self._key}`"
+        )
 
     def _serve(
         self,
@@ -149,13 +162,28 @@ class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):
         message = ""
         for _ in range(ATTEMPTS):
             try:
-                message = worker.ask(self._request("open"), seconds=self._wait_seconds)["message"]
+                answer = worker.ask(self._request("open"), seconds=self._wait_seconds)
             except WorkerFailed as error:
-                message = str(error)
+                answer = {"message": str(error)}
+            message = answer["message"]
             if not message:
+                self._note_device(answer["device"])
                 return
         raise TargetError(f"no server with key {self._key!r} came free: {message}. What was measured is kept.")
 
+    def _note_device(self, found: Sequence[str | None] | None) -> None:
+        """Times of unlike devices must not stand side by side."""
+        name, driver = found or (None, None)
+        device = name or f"unknown device with key {self._key}", driver
+        self._device = self._device or device
+        if device != self._device:
+            raise TargetError(
+                f"the servers with key {self._key!r} are not alike: {self._device} and {device}. Give them keys of their own."
+            )
+
     def _request(self, action: str) -> dict[str, Any]:
         host, port = self._tracker
-        return {"do": action, "host": host, "port": port, "key": self._key, "seconds": self._run_seconds}
+        return {
+            "do": action, "host": host, "port": port, "key": self._key, "seconds": self._run_seconds,
+            "device": str(self.target.target_class),
+        }  # fmt: skip

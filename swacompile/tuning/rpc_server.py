@@ -7,6 +7,7 @@ this one runs whatever it is sent, for anyone who reaches its port: use it on a 
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -19,16 +20,23 @@ from swacompile.tuning import runner
 
 MEASURE = "swacompile.tuning.measure"
 """The function of a session that runs a job, as JSON, in the session's folder."""
+DEVICE = "swacompile.tuning.device"
+"""The function of a session that names the server's device of a kind ("cpu", "cuda"): name and driver as JSON, null where
+there is none."""
 
 log = logging.getLogger(__name__)
 
 
 def serve(host: str, tracker: tuple[str, int], key: str) -> None:
     """Register at a tracker and run sessions, one at a time. Never returns."""
+    runner.without_torch()
     import tvm_ffi
     from tvm.rpc import server
 
     tvm_ffi.register_global_func(MEASURE, _measure, override=True)
+    tvm_ffi.register_global_func(DEVICE, _device, override=True)
+    for kind in ("cpu", "cuda"):
+        log.info("%s device: %s", kind, _device(kind))  # kept: sessions are forks of this process
     home = os.getcwd()
     while True:
         os.chdir(home)  # a session works in a folder of its own, and a crash leaves us there
@@ -53,6 +61,14 @@ def _measure(text: str) -> str:
     job = json.loads(text)
     folder = Path(str(workpath("")))
     return json.dumps(runner.run_contained(job, folder, threads=job["threads"], seconds=job["seconds"]))
+
+
+@functools.cache
+def _device(kind: str) -> str:
+    try:
+        return json.dumps(runner.device_of(kind))
+    except SystemExit:
+        return json.dumps(None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from swacompile.errors import TargetError
 from swacompile.tuning import runner
-from swacompile.tuning.rpc_server import MEASURE
+from swacompile.tuning.rpc_server import DEVICE, MEASURE
 from swacompile.tuning.worker import Document, serve
 
 
 class Client:
-    """Answers requests: count the servers of a key, open a session, run a job in it."""
+    """Answers requests: count the servers of a key, open a session, run a job in it, or close it unused."""
 
     def __init__(self) -> None:
         self._session: Any = None
 
     def answer(self, request: Document) -> Document:
-        action = {"count": self._count, "open": self._open, "run": self._run}[request["do"]]
+        action = {"count": self._count, "open": self._open, "run": self._run, "close": self._close}[request["do"]]
         return action(request)
 
     def _count(self, request: Document) -> Document:
@@ -37,14 +38,21 @@ class Client:
         return {"count": sum(server["key"] == name for server in summary["server_info"]), "message": ""}
 
     def _open(self, request: Document) -> Document:
+        """`device`: name and driver of the server's; None where it cannot tell, as TVM's own server cannot."""
         from tvm import rpc
 
         self._session = None
         try:
             tracker = rpc.connect_tracker(request["host"], request["port"])
-            self._session = tracker.request(request["key"], session_timeout=int(request["seconds"]) + 1, max_retry=1)
+            session = tracker.request(request["key"], session_timeout=int(request["seconds"]) + 1, max_retry=1)
+            device = _device_of(session, request["device"])
         except Exception as error:
             return {"message": f"{type(error).__name__}: {error}"}
+        self._session = session
+        return {"message": "", "device": device}
+
+    def _close(self, _request: Document) -> Document:
+        self._session = None
         return {"message": ""}
 
     def _run(self, request: Document) -> Document:
@@ -62,6 +70,17 @@ class Client:
             seconds = time.monotonic() - start
             text = str(error).strip().splitlines()
             return {"status": "broken", "seconds": seconds, "message": f"{type(error).__name__}: {(text or [''])[-1]}"}
+
+
+def _device_of(session: Any, kind: str) -> list[str | None] | None:
+    try:
+        ask = session.get_function(DEVICE)
+    except AttributeError:
+        return None
+    device: list[str | None] | None = json.loads(ask(kind))
+    if device is None:
+        raise TargetError(f"the server has no {kind} device")
+    return device
 
 
 def run_job(session: Any, job: dict[str, Any], folder: Path) -> Document:
@@ -114,4 +133,5 @@ def _send(array: Any, name: str, device: Any) -> Any:
 
 
 if __name__ == "__main__":
+    runner.without_torch()
     serve(Client().answer)

@@ -240,12 +240,16 @@ def _load_runtime(folder: Path) -> Any:
 
     The bundle's own, or that of an installed TVM, which is not imported.
     """
-    # tvm_ffi imports torch where it finds it, which takes a second.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    without_torch()
     import tvm_ffi
 
     ctypes.CDLL(str(_runtime_library(folder)), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi
+
+
+def without_torch() -> None:
+    """Say that torch is not there: tvm_ffi imports it where it finds it, which takes a second, and nothing here needs it."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 
 def _runtime_library(folder: Path) -> Path:

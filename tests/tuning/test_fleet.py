@@ -11,6 +11,7 @@ import time
 import pytest
 
 from swacompile.errors import TargetError
+from swacompile.tuning import runner
 from swacompile.tuning.database import Database
 from swacompile.tuning.fleet import FleetMeasurer
 from swacompile.tuning.measure import Effort
@@ -23,7 +24,7 @@ from tests.tuning.test_measure import candidate
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado")
 pytest.importorskip("cloudpickle", reason="TVM's tracker needs cloudpickle")
 pytestmark = pytest.mark.cpu
-KEY = "test-cpu"
+KEY, PLAIN_KEY = "test-cpu", "test-plain"
 START_SECONDS = 90
 
 
@@ -34,7 +35,9 @@ def free_port():
 
 
 def start(module, *options):
-    command = [sys.executable, "-m", module, "--host", "127.0.0.1", *map(str, options)]
+    """A module as a process, without torch: importing it takes as long as all the rest."""
+    code = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, "--host", "127.0.0.1", *map(str, options)]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, start_new_session=True, **quiet)
 
@@ -46,41 +49,55 @@ def kill(process):
     process.wait()
 
 
-def wait_for_servers(port, count):
+def wait_for(what, done):
+    deadline = time.monotonic() + START_SECONDS
+    while not done():
+        assert time.monotonic() < deadline, f"{what} in {START_SECONDS} s"
+        time.sleep(0.1)
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def registered(port):
     from tvm import rpc
 
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if len(rpc.connect_tracker("127.0.0.1", port).summary()["server_info"]) == count:
-                return
-        except RuntimeError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"{count} servers did not register in {START_SECONDS} s")
+    return len(rpc.connect_tracker("127.0.0.1", port).summary()["server_info"])
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    """A tracker's port."""
+    port = free_port()
+    process = start("tvm.exec.rpc_tracker", "--port", port, "--port-end", port + 1)
+    try:
+        wait_for("no tracker", lambda: listens(port))  # a server that finds none tries again after five seconds only
+        yield port
+    finally:
+        kill(process)
 
 
 @pytest.fixture
-def fleet():
-    """A tracker's port and its two servers."""
-    port = free_port()
-    processes = [start("tvm.exec.rpc_tracker", "--port", port, "--port-end", port + 1)]
-    for _ in range(2):
-        processes.append(start("swacompile.tuning.rpc_server", "--tracker", f"127.0.0.1:{port}", "--key", KEY))
+def servers(tracker):
+    """Two servers of KEY, and TVM's own with another key."""
+    ours = ("swacompile.tuning.rpc_server", "--tracker", f"127.0.0.1:{tracker}", "--key", KEY)
+    theirs = ("tvm.exec.rpc_server", "--tracker", f"127.0.0.1:{tracker}", "--key", PLAIN_KEY)
+    processes = [start(*command) for command in (ours, ours, theirs)]
     try:
-        wait_for_servers(port, 2)
-        yield port, processes[1:]
+        wait_for("no three servers", lambda: registered(tracker) == 3)
+        yield processes
     finally:
         for process in processes:
             kill(process)
 
 
-def test_a_server_killed_in_mid_run_loses_nothing(bench, fleet, tmp_path):
-    port, servers = fleet
+def test_a_server_killed_in_mid_run_loses_nothing(bench, tracker, servers, tmp_path):
     good = [candidate(row_heads=heads, row_keys=keys) for heads in (1, 2, 4) for keys in (64, 128, 256)]
     crashing, wrong = candidate(row_heads=5, row_keys=64), candidate(row_heads=3, row_keys=64)
     found = {}
-    with FleetMeasurer(bench, tracker=("127.0.0.1", port), key=KEY, run_seconds=20, wait_seconds=60) as measurer:
+    with FleetMeasurer(bench, tracker=("127.0.0.1", tracker), key=KEY, run_seconds=20, wait_seconds=60) as measurer:
         assert measurer.servers() == 2
         for outcome in measurer.measure([*good, crashing, wrong], Effort(rung=0, samples=5, min_ms=40)):
             if not found:
@@ -91,13 +108,27 @@ def test_a_server_killed_in_mid_run_loses_nothing(bench, fleet, tmp_path):
         assert measurer.servers() == 1
         database = Database(folders=(tmp_path,))
         tuned = tune(WORKLOAD, measurer, database, Limits(trials=1))
-    assert tuned.choice.record.provenance.device == KEY
+    assert tuned.choice.record.provenance.device == runner.device_name()
     assert tuned.records == written(database)
+    with FleetMeasurer(bench, tracker=("127.0.0.1", tracker), key=PLAIN_KEY, wait_seconds=60) as measurer:
+        assert measurer.provenance.device == f"unknown device with key {PLAIN_KEY}"
+
+
+def test_unlike_servers_are_refused(bench):
+    measurer = FleetMeasurer(bench, tracker=("127.0.0.1", 1), key=KEY)
+    measurer._note_device(["NVIDIA H200", "580.1"])
+    measurer._note_device(["NVIDIA H200", "580.1"])
+    assert measurer.provenance.device == "NVIDIA H200" and measurer.provenance.driver == "580.1"
+    with pytest.raises(TargetError, match="'test-cpu' are not alike.*H200.*H100.*Give them keys of their own"):
+        measurer._note_device(["NVIDIA H100", "580.1"])
 
 
 def test_no_tracker(bench):
     port = free_port()
-    with pytest.raises(
-        TargetError, match=rf"no server with key 'test-cpu' at the tracker 127\.0\.0\.1:{port}.*rpc_server"
+    with (
+        pytest.raises(
+            TargetError, match=rf"no server with key 'test-cpu' at the tracker 127\.0\.0\.1:{port}.*rpc_server"
+        ),
+        FleetMeasurer(bench, tracker=("127.0.0.1", port), key=KEY, wait_seconds=4) as measurer,
     ):
-        FleetMeasurer(bench, tracker=("127.0.0.1", port), key=KEY, wait_seconds=10).servers()
+        measurer.servers()
