@@ -11,8 +11,9 @@ from itertools import combinations
 
 from swacompile.attention import Refutation
 from swacompile.graph import Graph
-from swacompile.index_expr import ONE, Expr, Op, size, substitute, walk
+from swacompile.index_expr import ONE
 from swacompile.passes.guards import Extent, Guards, Unguardable, batches_of_sources, guards_of
+from swacompile.passes.operands import plain
 from swacompile.passes.plan_rewrite import Replacement
 from swacompile.passes.read_masks import Reading, read_masks
 
@@ -60,8 +61,7 @@ class _OtherReadings:
         # An axis that differs by what the model itself says needs no condition, but the same treatment.
         expands = guards.expands or any(shape[0] == ONE != batch for shape in shapes)
         cuts = any(
-            (shape[0] != ONE and _plain(shape[0]) != _plain(batch)) or _plain(shape[1]) != _plain(keys)
-            for shape in shapes
+            (shape[0] != ONE and plain(shape[0]) != plain(batch)) or plain(shape[-1]) != plain(keys) for shape in shapes
         )
         return replace(plan, guards=replace(guards, expands=expands or cuts, cuts=cuts))
 
@@ -70,7 +70,11 @@ class _OtherReadings:
 
     def _may_be_one(self, plan: Replacement, guards: Guards, batches: frozenset[Extent]) -> bool:
         """Whether the replacement is the same if any of these batches is 1."""
-        if not (plan.key_padding or plan.segments) or not self.trusted or not 0 < len(batches) <= MOST_SOURCES:
+        if (
+            not (plan.key_padding or plan.segments or plan.bias)
+            or not self.trusted
+            or not 0 < len(batches) <= MOST_SOURCES
+        ):
             return False
         subsets = (frozenset(chosen) for n in range(1, len(batches) + 1) for chosen in combinations(batches, n))
         return all(self._is_same(plan, guards, chosen) for chosen in subsets)
@@ -103,17 +107,10 @@ def _node(outcome: Outcome) -> str:
 
 
 def _essence(plan: Replacement) -> tuple[object, ...]:
-    """What a frontend writes."""
-    site, proof = plan.site, plan.proof
+    """What a frontend writes. A bias may have a batch of 1 as it is."""
+    site, proof, bias = plan.site, plan.proof, plan.bias and (plan.bias.value, plan.bias.fits[-3:])
     return (
-        plan.left_window_size, plan.right_window_size, plan.key_padding, plan.segments, plan.bias, plan.alibi_slopes, plan.offset,
+        plan.left_window_size, plan.right_window_size, plan.key_padding, plan.segments, bias, plan.alibi_slopes, plan.offset,
         proof.kind, proof.mask, site.query, site.key, site.value, site.output, site.merged_output, site.output_layout, site.heads, site.kv_heads, site.dtype,
         site.scale, site.softcap, site.sinks,
     )  # fmt: skip
-
-
-def _plain(extent: Expr) -> Expr:
-    """The same however much is known of its sizes."""
-    return substitute(
-        extent, {node: size(node.name) for node in walk(extent) if node.op is Op.SYMBOL and not node.args}
-    )

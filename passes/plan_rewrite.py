@@ -4,30 +4,55 @@ A Replacement is a BandedAttention in terms of the source model's values; a fron
 express is refused here, with its reason, and stays as it is.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from swacompile.attention import Attention, BandProof, Finding, Kind, Refutation, Residual, ResidualKind
+from swacompile.index_expr import and_
 from swacompile.passes import operands
 from swacompile.passes.guards import Guards
-from swacompile.passes.operands import Position, RunTimeOperand, Slopes
+from swacompile.passes.operands import Bias, Position, RunTimeOperand, Slopes
 from swacompile.passes.read_masks import Reading
 
 NO_BOUND = -1
-PER_KEY = frozenset({ResidualKind.KEY_PADDING, ResidualKind.SEGMENTS})
-_WORDS = {
-    ResidualKind.KEY_PADDING: "the mask's factor {condition} is no value of shape (batch, keys) in the model",
-    ResidualKind.SEGMENTS: "the mask's factor {condition} is no value of shape (batch, keys) in the model",
-    ResidualKind.BIAS: "a run-time bias is added to the scores beside the band {band}: {data}",
-    ResidualKind.ALIBI: "a slope a head times the distance (ALiBi) is added to the scores beside the band {band}: {data}",
-    ResidualKind.OFFSET: "the band {band} counts from a position known only at run time: {data}",
-}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Operand:
+    """How a residual becomes an operand: the field of a Replacement, what finds the model's value, and the refusal where there is none."""
+
+    field: str
+    find: Callable[[Reading, Attention, Residual], object | None]
+    code: str
+    words: str
+
+
+_NO_VALUE = "the mask's factor {condition} is no value of shape (batch, keys) in the model"
+_OPERANDS: Mapping[ResidualKind, _Operand] = {
+    ResidualKind.KEY_PADDING: _Operand(field="key_padding", find=operands.per_key, code="residual", words=_NO_VALUE),
+    ResidualKind.SEGMENTS: _Operand(field="segments", find=operands.per_key, code="residual", words=_NO_VALUE),
+    ResidualKind.BIAS: _Operand(
+        field="bias", find=operands.bias, code="bias",
+        words="what is added to the scores beside the band {band} is no single {dtype} value in the model: {data}",
+    ),
+    ResidualKind.ALIBI: _Operand(
+        field="alibi_slopes", find=operands.slopes, code="alibi",
+        words="a slope a head times the distance (ALiBi) is added to the scores beside the band {band}, and the slopes are no value of "
+        "{heads} elements in the model: {data}",
+    ),
+    ResidualKind.OFFSET: _Operand(
+        field="offset", find=operands.position, code="offset",
+        words="the band {band} counts from a position known only at run time, which is no element of a value of the model: {data}",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
     """One attention to replace. Window sizes are inclusive, -1 = unbounded.
 
-    `bias` names a value that broadcasts to (batch, heads, queries, keys), of the site's data type. `guards` are what guard_rewrite adds.
+    `guards` are what guard_rewrite adds.
     """
 
     site: Attention
@@ -36,7 +61,7 @@ class Replacement:
     right_window_size: int
     key_padding: RunTimeOperand | None = None
     segments: RunTimeOperand | None = None
-    bias: str | None = None
+    bias: Bias | None = None
     alibi_slopes: Slopes | None = None
     offset: Position | None = None
     guards: Guards = field(default_factory=Guards)
@@ -48,18 +73,15 @@ def plan_rewrite(
     *,
     full: bool,
     dtypes: tuple[str, ...] = ("float32", "float16"),
-    residuals: frozenset[ResidualKind] = PER_KEY,
 ) -> tuple[Replacement | Refutation, ...]:
     """What to do with each finding, in order. Full attention is replaced only where `full`: a band saves nothing there.
 
-    `dtypes` are the data types that the operator has in the model's runtime, `residuals` the operands that the frontend writes.
+    `dtypes` are the data types that the operator has in the model's runtime.
     """
-    return tuple(_plan(reading, finding, full, dtypes, residuals) for finding in findings)
+    return tuple(_plan(reading, finding, full, dtypes) for finding in findings)
 
 
-def _plan(
-    reading: Reading, finding: Finding, full: bool, dtypes: tuple[str, ...], residuals: frozenset[ResidualKind]
-) -> Replacement | Refutation:
+def _plan(reading: Reading, finding: Finding, full: bool, dtypes: tuple[str, ...]) -> Replacement | Refutation:
     site, proof = finding.attention, finding.verdict
     if isinstance(proof, Refutation):
         return proof
@@ -89,40 +111,30 @@ def _plan(
         return _refused(site, proof, "head-size", "the head size is known only at run time")
     if any(operand.flat for operand in (site.query, site.key, site.value)):
         return _refused(site, proof, "rank", "query, key and value are 3-D, expected an axis for the heads")
-    plan = Replacement(
-        site=site, proof=proof,
-        left_window_size=NO_BOUND if mask.left is None else mask.left, right_window_size=NO_BOUND if mask.right is None else mask.right,
+    found: dict[str, Any] = {}
+    for residual in _one_padding(proof.residuals):
+        wanted = _OPERANDS[residual.kind]
+        operand = None if wanted.field in found else wanted.find(reading, site, residual)
+        if operand is None:
+            words = wanted.words.format(
+                condition=residual.condition, data=residual.data, band=mask, dtype=site.dtype, heads=site.heads
+            )
+            return _refused(site, proof, wanted.code, words)
+        found[wanted.field] = operand
+    return Replacement(
+        site=site, proof=proof, left_window_size=NO_BOUND if mask.left is None else mask.left,
+        right_window_size=NO_BOUND if mask.right is None else mask.right, **found,
     )  # fmt: skip
-    for residual in proof.residuals:
-        grown = _with_operand(reading, plan, residual) if residual.kind in residuals else None
-        if grown is None:
-            words = _WORDS[residual.kind].format(condition=residual.condition, band=mask, data=residual.data)
-            if residual.kind in PER_KEY:
-                return _refused(site, proof, "residual", words)
-            return _refused(site, proof, str(residual.kind), words)
-        plan = grown
-    return plan
 
 
-def _with_operand(reading: Reading, plan: Replacement, residual: Residual) -> Replacement | None:
-    """The plan with the residual's operand; None where the model holds no such value, or the plan has that operand already."""
-    match residual.kind:
-        case ResidualKind.KEY_PADDING if plan.key_padding is None:
-            padding = operands.per_key(reading, plan.site, residual)
-            return None if padding is None else replace(plan, key_padding=padding)
-        case ResidualKind.SEGMENTS if plan.segments is None:
-            segments = operands.per_key(reading, plan.site, residual)
-            return None if segments is None else replace(plan, segments=segments)
-        case ResidualKind.BIAS if plan.bias is None:
-            bias = operands.bias(reading, plan.site, residual)
-            return None if bias is None else replace(plan, bias=bias)
-        case ResidualKind.ALIBI if plan.alibi_slopes is None:
-            slopes = operands.slopes(reading, plan.site, residual)
-            return None if slopes is None else replace(plan, alibi_slopes=slopes)
-        case ResidualKind.OFFSET if plan.offset is None:
-            offset = operands.position(residual)
-            return None if offset is None else replace(plan, offset=offset)
-    return None
+def _one_padding(residuals: tuple[Residual, ...]) -> tuple[Residual, ...]:
+    """The residuals with all conditions on (batch, key) as one: the operator takes one."""
+    paddings = [residual for residual in residuals if residual.kind is ResidualKind.KEY_PADDING]
+    if len(paddings) < 2:
+        return residuals
+    together = and_(*(residual.condition for residual in paddings))
+    others = (residual for residual in residuals if residual.kind is not ResidualKind.KEY_PADDING)
+    return (Residual(kind=ResidualKind.KEY_PADDING, condition=together, data=together), *others)
 
 
 def _refused(site: Attention, proof: BandProof, code: str, reason: str) -> Refutation:

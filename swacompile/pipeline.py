@@ -10,13 +10,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from swacompile.artifact import Manifest
-from swacompile.attention import Attention, Finding, Refutation, ResidualKind
+from swacompile.attention import Attention, Finding, Refutation
 from swacompile.errors import ArgumentError, ModelError, TargetError
 from swacompile.frontends.onnx import OnnxModel
 from swacompile.kernels.build import KernelVariant
 from swacompile.passes.detect_attention import detect_attention
 from swacompile.passes.guard_rewrite import guard_rewrite
-from swacompile.passes.plan_rewrite import PER_KEY, Replacement, plan_rewrite
+from swacompile.passes.plan_rewrite import Replacement, plan_rewrite
 from swacompile.passes.prove_band import Prover
 from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.report.findings import as_json
@@ -211,13 +211,12 @@ def plan(
     *,
     full: bool,
     dtypes: tuple[str, ...] = ("float32", "float16"),
-    residuals: frozenset[ResidualKind] = PER_KEY,
     trusted: bool = True,
 ) -> tuple[Replacement | Refutation, ...]:
     """What replaces each finding, and under which conditions on sizes. `trusted`: the runtime checks sizes that the model declares."""
 
     def planned(reading: Reading, findings: tuple[Finding, ...]) -> tuple[Replacement | Refutation, ...]:
-        return plan_rewrite(reading, findings, full=full, dtypes=dtypes, residuals=residuals)
+        return plan_rewrite(reading, findings, full=full, dtypes=dtypes)
 
     outcomes = planned(reading, findings)
     return guard_rewrite(reading, outcomes, trusted=trusted, plan_again=lambda other: planned(other, find(other)))

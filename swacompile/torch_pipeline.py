@@ -13,7 +13,6 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from swacompile import artifact, pipeline
-from swacompile.attention import ResidualKind
 from swacompile.errors import ModelError, OutputError
 from swacompile.frontends.fx import FxModel, read_exported_program, read_graph_module, read_pt2
 from swacompile.frontends.fx_splice import Spliced, splice
@@ -208,9 +207,7 @@ def _spliced(
     """The rewritten program, and the report on the source. What has no CUDA kernel stays as it is where a GPU is to run it."""
     reading = read_masks(source.graph)
     findings = pipeline.find(reading)
-    outcomes = pipeline.plan(
-        reading, findings, full=full, dtypes=DTYPES, residuals=frozenset(ResidualKind), trusted=False
-    )
+    outcomes = pipeline.plan(reading, findings, full=full, dtypes=DTYPES, trusted=False)
     if is_on_cuda(source.module) or _of_class(targets, TargetClass.CUDA):
         outcomes = tuple(map(without_kernel, outcomes))
     name = source.path.name if source.path else source.graph.name

@@ -5,16 +5,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from swacompile.attention import Kind, ResidualKind
+from swacompile.attention import Kind
 
 ROOT = Path(__file__).parent.parent
 REASONS = ROOT / "docs" / "reasons.md"
 RAISED = {"NotReadable": 0, "NoGrid": 0, "_Refused": 0, "_refused": 2}
-VALUES = ("Verdict", "Refutation")
-# Codes that are made from a kind's or a residual's name.
-MADE = {str(kind).replace("_", "-") for kind in (Kind.CHUNKED, Kind.DILATED, Kind.PREFIX, Kind.GLOBAL_PLUS_BAND)} | {
-    str(kind) for kind in (ResidualKind.BIAS, ResidualKind.ALIBI, ResidualKind.OFFSET)
-}
+VALUES = ("Verdict", "Refutation", "_Operand")
+# Codes that are made from a kind's name.
+MADE = {str(kind).replace("_", "-") for kind in (Kind.CHUNKED, Kind.DILATED, Kind.PREFIX, Kind.GLOBAL_PLUS_BAND)}
 
 
 def codes() -> set[str]:

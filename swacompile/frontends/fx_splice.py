@@ -25,7 +25,7 @@ from swacompile.frontends.fx import FxModel
 from swacompile.frontends.fx_alias import base_name, view_of, written_operands
 from swacompile.frontends.fx_guards import write_guards
 from swacompile.passes.guards import Guards, Role
-from swacompile.passes.operands import Position, RunTimeOperand, Slopes
+from swacompile.passes.operands import Bias, Position, RunTimeOperand, Slopes
 from swacompile.passes.plan_rewrite import Replacement
 
 log = logging.getLogger(__name__)
@@ -115,9 +115,8 @@ class _Splicer:
             "zeroed": outcome.proof.kind is Kind.ZEROED,
             "bshd_output": _heads_inside(old) or site.output_layout is Layout.BSHD,
         }
-        new = self._call(
-            old, swacompile_torch.overload(), (query, key, value, *per_key, sinks, bias, slopes, offset), options
-        )
+        operands = (query, key, value, *per_key, sinks, bias, slopes, offset)
+        new = self._call(old, swacompile_torch.overload(), *_without_defaults(operands, options))
         if site.merged_output:
             new = self._call(old, aten.reshape.default, (new, [-1, self._size(old, query, 2), _val(value).shape[3]]))
         elif site.output_layout is Layout.BSHD:
@@ -190,6 +189,8 @@ class _Splicer:
         if operand is None:
             return None
         node = self._readable(old, operand.value)
+        for _ in range(operand.rank - 2):
+            node = self._call(old, aten.select.int, (node, 1, 0))
         if statically_known_true(_val(node).shape[0] == 1):
             node = self._call(old, aten.expand.default, (node, [self._size(old, key, 0), -1]))
         for axis, key_axis in ((0, 0), (1, 2)):
@@ -224,11 +225,11 @@ class _Splicer:
         node = self._per_head(old, query, value, heads, torch.float32)
         return node if slopes.value is None or slopes.factor == 1.0 else self._call(old, aten.neg.default, (node,))
 
-    def _bias(self, old: fx.Node, query: fx.Node, key: fx.Node, bias: str | None) -> fx.Node | None:
+    def _bias(self, old: fx.Node, query: fx.Node, key: fx.Node, bias: Bias | None) -> fx.Node | None:
         """(1 or batch, 1 or heads, queries, keys)."""
         if bias is None:
             return None
-        node = self._readable(old, bias)
+        node = self._readable(old, bias.value)
         missing = 4 - _val(node).dim()
         for axis, (operand, place) in enumerate(((query, 0), (query, 1), (query, 2), (key, 2))[missing:]):
             extent, wanted = _val(node).shape[axis], _val(operand).shape[place]
@@ -272,6 +273,15 @@ class _Splicer:
         with mode:
             node.meta["val"] = target(*values[0], **values[1])
         return node
+
+
+def _without_defaults(
+    operands: tuple[fx.Node | None, ...], options: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments of a call that must be given: torch reads each of them anew whenever the program runs."""
+    given = max(place for place, operand in enumerate(operands) if operand is not None) + 1
+    default = {argument.name: argument.default_value for argument in swacompile_torch.overload()._schema.arguments}
+    return operands[:given], {name: value for name, value in options.items() if value != default[name]}
 
 
 def _val(node: fx.Node) -> Tensor:

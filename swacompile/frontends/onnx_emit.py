@@ -1,17 +1,16 @@
 """BandedAttention nodes in the place of proven attentions, with the function that gives them their meaning."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from swacompile.attention import Kind, Refutation
 from swacompile.frontends.onnx import OnnxModel
 from swacompile.frontends.onnx_guards import OnnxGuards
+from swacompile.frontends.onnx_operands import OnnxOperands
 from swacompile.frontends.onnx_splice import Splicer
-from swacompile.kernels.onnx_function import DOMAIN, INPUTS, NAME, VERSION, Body, Optional, banded_attention_function
-from swacompile.passes.operands import RunTimeOperand
+from swacompile.kernels.onnx_function import DOMAIN, NAME, VERSION, Body, Optional, banded_attention_function
 from swacompile.passes.plan_rewrite import Replacement
 
 ELEM_TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -41,10 +40,13 @@ def splice_banded(
 
 def body_for(opset: int, replaced: Sequence[Replacement]) -> Body:
     """What these nodes have in common, and the union of what they use."""
+    uses = {use for replacement in replaced for use in _uses(replacement)}
+    if len({replacement.proof.mask.alignment for replacement in replaced}) > 1:
+        uses.add(Optional.OFFSET)  # each node then says where it stands
     return Body(
         opset=opset,
         elem_type=int(ELEM_TYPES[replaced[0].site.dtype]),
-        uses=frozenset(use for replacement in replaced for use in _uses(replacement)),
+        uses=frozenset(uses),
         alignment=str(replaced[0].proof.mask.alignment),
         kind="zeroed" if replaced[0].proof.kind is Kind.ZEROED else "hidden",
         grouped=any(replacement.site.heads != replacement.site.kv_heads for replacement in replaced),
@@ -60,16 +62,15 @@ def _alike(outcomes: tuple[Replacement | Refutation, ...]) -> tuple[Replacement 
             return outcome
         return Refutation(
             code="mixed-sites", node=outcome.site.node, kind=outcome.proof.kind, band=outcome.proof.mask,
-            reason=f"expected kind, data type and alignment {_common(first)} as in {first.site.node}, found {_common(outcome)}: one function "
+            reason=f"expected {' and '.join(_common(first))} as in {first.site.node}, found {' and '.join(_common(outcome))}: one function "
                    "serves all nodes of a model",
         )  # fmt: skip
 
     return tuple(checked(outcome) for outcome in outcomes)
 
 
-def _common(replacement: Replacement) -> tuple[str, str, str]:
-    mask = replacement.proof.mask
-    return (str(replacement.proof.kind is Kind.ZEROED), replacement.site.dtype, str(mask.alignment))
+def _common(replacement: Replacement) -> tuple[str, str]:
+    return ("zeroed scores" if replacement.proof.kind is Kind.ZEROED else "hidden scores", replacement.site.dtype)
 
 
 def _uses(replacement: Replacement) -> set[Optional]:
@@ -77,6 +78,9 @@ def _uses(replacement: Replacement) -> set[Optional]:
         Optional.KEY_PADDING: replacement.key_padding,
         Optional.SEGMENTS: replacement.segments,
         Optional.SINKS: replacement.site.sinks,
+        Optional.BIAS: replacement.bias,
+        Optional.ALIBI: replacement.alibi_slopes,
+        Optional.OFFSET: replacement.offset,
         Optional.SOFTCAP: replacement.site.softcap,
     }
     return {use for use, operand in present.items() if operand is not None}
@@ -95,48 +99,24 @@ def _splice(splicer: Splicer, guards: OnnxGuards, replacement: Replacement, body
 
 
 def operands(
-    splicer: Splicer, guards: OnnxGuards, before: ir.Node, replacement: Replacement, body: Body
-) -> list[ir.Value | None]:
-    """The inputs of a BandedAttention node, as many as the body has."""
-    site = replacement.site
-    found = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
-
-    def per_key(operand: RunTimeOperand, dtype: ir.DataType) -> ir.Value:
-        return guards.per_key(before, replacement, found, splicer.run_time_operand(before, operand, dtype))
-
-    others = body.inputs()[len(found) :]
-    return [
-        *guards.operands(before, replacement, found),
-        *(_optional_input(splicer, before, replacement, body, name, per_key) for name in others),
-    ]
-
-
-def _optional_input(
     splicer: Splicer,
+    guards: OnnxGuards,
     before: ir.Node,
     replacement: Replacement,
     body: Body,
-    name: str,
-    per_key: Callable[[RunTimeOperand, ir.DataType], ir.Value],
-) -> ir.Value | None:
-    """The operand, the neutral constant where only other nodes of the model use it, or nothing where none does."""
+    *,
+    dense_bias: bool = False,
+) -> list[ir.Value | None]:
+    """The inputs of a BandedAttention node, as many as the body has. `dense_bias`: with a row for every query."""
     site = replacement.site
-    dtype = np.dtype(site.dtype)
-    if name not in body.uses:
-        return None
-    match Optional(name):
-        case Optional.KEY_PADDING:
-            if replacement.key_padding is None:
-                return splicer.constant(np.ones((1, 1), np.bool_), "no_padding")
-            return per_key(replacement.key_padding, ir.DataType.BOOL)
-        case Optional.SEGMENTS:
-            if replacement.segments is None:
-                return splicer.constant(np.zeros((1, 1), np.int64), "no_segments")
-            return per_key(replacement.segments, ir.DataType.INT64)
-        case Optional.SINKS:
-            return splicer.sinks(before, -np.inf if site.sinks is None else site.sinks, site.heads, dtype)
-        case _:
-            raise AssertionError(f"no operand {name}; inputs are {INPUTS}")
+    found = [splicer.operand(before, operand) for operand in (site.query, site.key, site.value)]
+    others = OnnxOperands(
+        splicer=splicer, guards=guards, before=before, replacement=replacement, values=found, dense=dense_bias
+    )
+    return [
+        *guards.operands(before, replacement, found),
+        *(others.operand(Optional(name)) if name in body.uses else None for name in body.inputs()[len(found) :]),
+    ]
 
 
 def attributes(replacement: Replacement, body: Body) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _lowered(
     before = old.producer()
     assert before is not None
     body = body_for(splicer.source.opset, (replacement,))
-    given = operands(splicer, guards, before, replacement, body)
+    given = operands(splicer, guards, before, replacement, body, dense_bias=True)
     names = {str(value.name): value for value in given if value is not None}
     node = helper.make_node(
         NAME,

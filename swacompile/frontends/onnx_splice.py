@@ -15,7 +15,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 from swacompile.attention import Attention, Layout, Operand
 from swacompile.errors import OutputError
 from swacompile.frontends.onnx import OnnxModel, external_tensors
-from swacompile.passes.operands import RunTimeOperand
 from swacompile.passes.plan_rewrite import Replacement
 
 log = logging.getLogger(__name__)
@@ -136,30 +135,6 @@ class Splicer:
         if value.shape is not None:
             wide.shape = ir.Shape([None, heads, *value.shape[1:]])
         return wide
-
-    def run_time_operand(self, before: ir.Node, operand: RunTimeOperand, dtype: ir.DataType) -> ir.Value:
-        value = self.values[operand.value]
-        if value.dtype == dtype and not operand.nonzero:
-            return value
-        cast = self.add(before, "Cast", [value], {"to": int(dtype)})
-        cast.dtype, cast.shape = dtype, value.shape
-        return cast
-
-    def sinks(self, before: ir.Node, sinks: str | float, heads: int, dtype: np.dtype) -> ir.Value:
-        """Sink logits of shape (heads,)."""
-        if isinstance(sinks, float):
-            return self.constant(np.full(heads, sinks, dtype), f"sinks_{heads}_{sinks:g}_{dtype}")
-        value = self.values.get(sinks)
-        if value is None:
-            raise KeyError(sinks)
-        if value.const_value is not None:
-            array = value.const_value.numpy()
-            head_axis = next(axis for axis, extent in enumerate(array.shape) if extent == heads)
-            row = array[tuple(slice(None) if axis == head_axis else 0 for axis in range(array.ndim))]
-            return self.constant(np.ascontiguousarray(row), f"sinks_{sinks}")
-        if value.shape is not None and len(value.shape) == 1:
-            return value
-        return self.add(before, "Reshape", [value, self.constant(np.asarray([-1]), "flat")])
 
     def _merge_heads(self, before: ir.Node, output: ir.Value) -> ir.Value:
         """(B,H,S,V) as (B*H,S,V), for models that keep batch and heads in one axis."""

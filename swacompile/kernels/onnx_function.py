@@ -5,7 +5,8 @@ place. One function serves all nodes of a model, so it is written for the union 
 node that lacks one of these features passes the neutral constant of docs/operator.md.
 
 Where the window is short beside the keys, queries are cut into N blocks of C, and each block meets only the L keys that
-some query of it may see: cost O(S * window) in any runtime. Otherwise there is one block with all keys.
+some query of it may see, and reads only those cells of a bias: cost O(S * window) in any runtime. Otherwise there is one
+block with all keys.
 
 What runs for each pair of query and key and each head is what a dense graph has: MatMul, Add, Softmax, MatMul. The mask
 is made for one head, from comparisons of int32, and added as a finite number: in ONNX Runtime 1.32 Where takes four
@@ -31,6 +32,8 @@ ATTRIBUTES = (
 OPSETS = range(13, 29)
 FAR = 2**30
 """Stands for "unbounded". Positions must stay below it, for it is added to them in 32 bits."""
+FARTHEST_OFFSET = 2**29
+"""Offsets beyond this count as this: a query there stands before or behind all keys, and stays below FAR."""
 LOWEST: dict[int, float] = {
     TensorProto.FLOAT: -3.4028234e38,
     TensorProto.FLOAT16: -65504.0,
@@ -95,8 +98,8 @@ class Body:
 
     @property
     def blocked(self) -> bool:
-        """Whether blocks of queries read their own keys only. A zeroed key counts in every row, and a bias (B,H,S,T) is dense by itself."""
-        return not self.zeroed and Optional.BIAS not in self.uses
+        """Whether blocks of queries read their own keys only. A zeroed key counts in every row."""
+        return not self.zeroed
 
     def inputs(self) -> tuple[str, ...]:
         """Names of the function's inputs: up to the last that any node uses."""
@@ -192,7 +195,8 @@ class _Writer:
         for side in ("left", "right"):
             yield f"{side}_attribute = Constant<value_int: int = @{side}_window_size>()"
             yield f"{side}_is_open = Less({side}_attribute, zero_long)"
-            yield f"{side}_long = Where({side}_is_open, far_long, {side}_attribute)"
+            yield f"{side}_at_most = Min({side}_attribute, far_long)"
+            yield f"{side}_long = Where({side}_is_open, far_long, {side}_at_most)"
             yield self._int(side, f"{side}_long")
 
     def blocks(self) -> Iterator[str]:
@@ -235,7 +239,11 @@ class _Writer:
         yield "query_idx = Min(row_idx, last_query)"  # what fills up the last block is cut off at the end
         positions = "row_idx"
         if self._uses(Optional.OFFSET):
-            yield self._int("first_position", "offset")
+            yield f"farthest = Constant<value_int = {FARTHEST_OFFSET}>()"
+            yield "farthest_back = Neg(farthest)"
+            yield "offset_from = Max(offset, farthest_back)"
+            yield "first_position_long = Min(offset_from, farthest)"
+            yield self._int("first_position", "first_position_long")
             positions = "positions"
         elif self.body.alignment == "bottom_right":
             yield "first_position = Sub(keys, queries)"
@@ -395,7 +403,7 @@ class _Writer:
     def _hidden_logits(self) -> Iterator[str]:
         total = "penalty"
         if self._uses(Optional.BIAS):
-            yield "bias_5d = Unsqueeze(bias, length_axis)"
+            yield from self._bias_of_blocks()
             yield "penalty_and_bias = Add(penalty, bias_5d)"
             total = "penalty_and_bias"
         if self._uses(Optional.ALIBI):
@@ -403,6 +411,25 @@ class _Writer:
             yield f"penalty_and_slopes = Add({total}, slope_bias)"
             total = "penalty_and_slopes"
         yield f"logits = Add(score, {total})"
+
+    def _bias_of_blocks(self) -> Iterator[str]:
+        """`bias_5d` (1 or B, 1 or H, N, 1 or C, L): the cells that the blocks read, by their places in the bias as one row a head."""
+        yield from self._size("bias_rows_1", "bias", 2)
+        yield from self._size("bias_columns_1", "bias", 3)
+        yield f"query_idx_long = Cast<to = {TensorProto.INT64}>(query_idx)"
+        yield f"kv_idx_long = Cast<to = {TensorProto.INT64}>(kv_idx)"
+        yield "bias_row = Slice(query_idx_long, zero_1, bias_rows_1, one_1)"  # one of each block where all queries share a row
+        yield "last_bias_row = Sub(bias_rows_1, one_1)"
+        yield "bias_row_idx = Min(bias_row, last_bias_row)"
+        yield "bias_row_start = Mul(bias_row_idx, bias_columns_1)"
+        yield "bias_row_3d = Unsqueeze(bias_row_start, last)"
+        yield "last_bias_column = Sub(bias_columns_1, one_1)"
+        yield "bias_column = Min(kv_idx_long, last_bias_column)"
+        yield "bias_column_3d = Unsqueeze(bias_column, one_1)"
+        yield "bias_cell = Add(bias_row_3d, bias_column_3d)"
+        yield "bias_flat_shape = Constant<value_ints = [0, 0, -1]>()"
+        yield "bias_flat = Reshape(bias, bias_flat_shape)"
+        yield "bias_5d = Gather<axis = 2>(bias_flat, bias_cell)"
 
     def _zeroed_logits(self) -> Iterator[str]:
         score = "score"

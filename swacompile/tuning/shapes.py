@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swacompile.attention import Kind, ResidualKind
+from swacompile.attention import Kind
 from swacompile.index_expr import const_int
 from swacompile.passes.plan_rewrite import Replacement
 from swacompile.workload import DType, Feature, Workload
@@ -89,7 +89,7 @@ def workloads_of_model(model: Path, *, full: bool = False) -> tuple[Workload, ..
     reading = read_masks(pipeline.read(model).graph)
     findings = pipeline.find(reading)
     if model.suffix == ".pt2":
-        outcomes = plan_rewrite(reading, findings, full=full, dtypes=tuple(_DTYPES), residuals=frozenset(ResidualKind))
+        outcomes = plan_rewrite(reading, findings, full=full, dtypes=tuple(_DTYPES))
     else:
         outcomes = plan_rewrite(reading, findings, full=full)
     return workloads_of(outcome for outcome in outcomes if isinstance(outcome, Replacement))

@@ -96,6 +96,9 @@ BLOCKED = (
     LONG.but(name="before and after the keys", offset=-70, right=3, keys=200),
     LONG.but(name="chunks", chunk_size=64, left=40, right=9),
     LONG.but(name="operands", key_padding=True, segments=True, sinks=True, alibi=True, softcap=3.0, right=6, offset=5),
+    LONG.but(name="bias", bias=(1, 4), offset=-2),
+    LONG.but(name="bias of samples", bias=(2, 1), right=4, queries=250, alignment="bottom_right"),
+    LONG.but(name="bias of keys", bias=(2, 1, 1), key_padding=True),
     LONG.but(name="BSHD", layout="BSHD", key_padding=True, queries=257, alignment="bottom_right"),
     LONG.but(name="float16", dtype="float16", sinks=True),
 )

@@ -132,3 +132,32 @@ def test_decoding_into_a_cache() -> None:
         assert (found - expected).abs().max() < MODEL_ATOL
         wrong = max(wrong, float((wide - expected).abs().max()))
     assert wrong > 1e-2
+
+
+class Padded(torch.nn.Module):
+    """An encoder's attention, whose padding comes with all four axes."""
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        line = torch.arange(x.shape[2])
+        mask = ((line[None, :] - line[:, None]).abs() <= WINDOW) & (padding & ~others[:, :, None])
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_padding_of_four_axes(batch: int) -> None:
+    """Two conditions on keys, which the model joins to one."""
+
+    def inputs(length: int) -> tuple[torch.Tensor, ...]:
+        x, draw = example(length)[0], torch.Generator().manual_seed(0)
+        padding, others = torch.rand(batch, 1, 1, length, generator=draw) < 0.7, torch.zeros(2, 1, length).bool()
+        padding[..., ::WINDOW], others[1, 0, 1::WINDOW] = True, True
+        return x, padding, others
+
+    length = torch.export.Dim("length", min=3, max=LONGEST - 1)
+    source = torch.export.export(Padded(), inputs(LENGTHS[0]), dynamic_shapes=({2: length}, {3: length}, {2: length}))
+    done = swacompile.rewrite(source)
+    (replaced,) = done.replaced
+    assert replaced.key_padding is not None and replaced.bias is None
+    for length in LENGTHS:
+        assert difference(source.module(), done.program.module(), inputs(length)) < MODEL_ATOL
+        assert difference(source.module(), widened(done.program).module(), inputs(length)) > 1e-2

@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes and features of one call, operands drawn from `seed`. `bias` gives the extents of its first two axes."""
+    """Sizes and features of one call, operands drawn from `seed`. `bias` gives the extents of its first two or three axes."""
 
     name: str
     batch: int = 2
@@ -44,7 +44,7 @@ class Case:
     key_padding: bool = False
     segments: bool = False
     sinks: bool = False
-    bias: tuple[int, int] | None = None
+    bias: tuple[int, ...] | None = None
     alibi: bool = False
     offset: int | None = None
     seed: int = 0
@@ -69,7 +69,8 @@ class Case:
         if self.sinks:
             made["sinks"] = draw.standard_normal(self.heads)
         if self.bias is not None:
-            made["bias"] = draw.standard_normal((*self.bias, self.queries, self.keys))
+            rows = self.bias[2] if len(self.bias) > 2 else self.queries
+            made["bias"] = draw.standard_normal((*self.bias[:2], rows, self.keys))
         if self.alibi:
             made["alibi_slopes"] = draw.random(self.heads).astype(np.float32)
         if self.offset is not None:
@@ -158,7 +159,7 @@ class Case:
         elif name in ("key_padding", "segments"):
             shape = ["batch", "keys"]
         elif name == "bias":
-            shape[2:] = ["queries", "keys"]
+            shape[2:] = [1 if array.shape[2] == 1 else "queries", "keys"]
         return shape
 
 
@@ -217,10 +218,13 @@ CASES = (
     PLAIN.but(name="unbounded-left", left=-1),
     PLAIN.but(name="unbounded", left=-1, right=-1),
     PLAIN.but(name="window-beyond-length", left=1000, right=1000),
+    PLAIN.but(name="window-of-31-bits", left=2**31 - 2, right=2**31 - 2),
     PLAIN.but(name="one-query-bottom-right", queries=1, alignment="bottom_right"),
     PLAIN.but(name="more-queries-than-keys", queries=40, keys=29, alignment="bottom_right", left=3, right=1),
     PLAIN.but(name="offset", queries=11, offset=20, left=7),
     PLAIN.but(name="offset-before-keys", queries=11, offset=-5),
+    PLAIN.but(name="offset-beyond-32-bits", queries=11, offset=2**32 + 20, left=7),
+    PLAIN.but(name="offset-far-back", queries=11, offset=-(2**40), left=7, sinks=True),
     PLAIN.but(name="offset-beats-alignment", queries=11, offset=3, alignment="bottom_right"),
     PLAIN.but(name="value-size", head_size=24, value_size=8),
     PLAIN.but(name="softcap", softcap=2.0),
@@ -234,6 +238,7 @@ CASES = (
     PLAIN.but(name="bias-shared", bias=(1, 1)),
     PLAIN.but(name="bias-per-head", bias=(1, 4), right=2),
     PLAIN.but(name="bias-per-sample", bias=(2, 1)),
+    PLAIN.but(name="bias-per-key", bias=(2, 1, 1), right=2),
     PLAIN.but(name="alibi", alibi=True),
     PLAIN.but(name="zeroed", kind="zeroed", right=2),
     PLAIN.but(

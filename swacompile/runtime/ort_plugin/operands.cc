@@ -10,6 +10,8 @@ namespace {
 
 enum Input : size_t { Query, Key, Value, KeyPadding, Segments, Sinks, Bias, AlibiSlopes, Offset };
 
+constexpr int64_t farthest_offset = int64_t{1} << 29;  // beyond it a query stands before or behind all keys
+
 constexpr const char* input_names[] = {"query", "key",  "value",        "key_padding", "segments",
                                        "sinks", "bias", "alibi_slopes", "offset"};
 
@@ -106,11 +108,11 @@ Tensor read_bias(const Context& context, ElementType type, const Sizes& sizes) {
   const Tensor tensor = read_input(context, Bias, type);
   if (!tensor.given() || (tensor.shape == Shape{1, 1, 1, 1} && is_zero(tensor))) return {};
   const bool fits = tensor.shape.size() == 4 && (tensor.shape[0] == 1 || tensor.shape[0] == sizes.batch) &&
-                    (tensor.shape[1] == 1 || tensor.shape[1] == sizes.heads) && tensor.shape[2] == sizes.queries &&
-                    tensor.shape[3] == sizes.keys;
+                    (tensor.shape[1] == 1 || tensor.shape[1] == sizes.heads) &&
+                    (tensor.shape[2] == 1 || tensor.shape[2] == sizes.queries) && tensor.shape[3] == sizes.keys;
   if (!fits) {
     const Shape full{sizes.batch, sizes.heads, sizes.queries, sizes.keys};
-    refuse_shape(Bias, "(1 or B, 1 or H, S, T) with (B, H, S, T) = " + text_of(full) + ", or (1, 1, 1, 1) of 0", tensor);
+    refuse_shape(Bias, "(1 or B, 1 or H, 1 or S, T) with (B, H, S, T) = " + text_of(full) + ", or (1, 1, 1, 1) of 0", tensor);
   }
   return tensor;
 }
@@ -121,10 +123,7 @@ int64_t read_offset(const Context& context, const Sizes& sizes, const Attributes
   require_shape(Offset, tensor, {}, "()");
   int64_t offset = 0;
   std::memcpy(&offset, tensor.data, sizeof offset);
-  if (offset < -unbounded || offset > unbounded) {
-    throw Error("input offset: expected an integer of 32 bits, found " + std::to_string(offset));
-  }
-  return offset;
+  return std::clamp(offset, -farthest_offset, farthest_offset);
 }
 
 DLDataType dl_type(ElementType type) {
@@ -223,11 +222,12 @@ void KernelArguments::add_plain(const Tensor& tensor, ElementType type, int rank
 
 void KernelArguments::add_bias(const Tensor& tensor, ElementType type, const Sizes& sizes) {
   if (!tensor.given()) return add_plain(tensor, type, 4);
-  const int64_t plane = sizes.queries * sizes.keys;
+  const int64_t plane = tensor.shape[2] * sizes.keys;
+  const int64_t per_query = tensor.shape[2] == 1 ? 0 : sizes.keys;
   const int64_t per_head = tensor.shape[1] == 1 ? 0 : plane;
   const int64_t per_sample = tensor.shape[0] == 1 ? 0 : tensor.shape[1] * plane;
   add_tensor(tensor.data, type, 4, {sizes.batch, sizes.heads, sizes.queries, sizes.keys},
-             {per_sample, per_head, sizes.keys, 1});
+             {per_sample, per_head, per_query, 1});
 }
 
 void KernelArguments::add_tensor(void* data, ElementType type, int rank, const Axes& extents, const Axes& strides) {
