@@ -43,5 +43,5 @@ def bench(kernel, monkeypatch):
     """A workbench whose builder is tests.tuning.fake_builder."""
     monkeypatch.setenv("SWACOMPILE_TEST_KERNEL", str(kernel))
     command = (sys.executable, "-m", "tests.tuning.fake_builder")
-    with measure.Workbench(host_targets()[0], command=command, build_seconds=8) as made:
+    with measure.Workbench(host_targets()[0], command=command, build_seconds=5) as made:
         yield made

@@ -45,11 +45,11 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     picked = [
         candidate
         for candidate in bundle.pick(WORKLOAD, bench, trials=40)
-        if candidate.origin is Origin.DEFAULT or candidate.config.as_dict()["row_keys"] in (64, 128)
+        if candidate.origin is Origin.DEFAULT or candidate.config.as_dict()["row_keys"] == 64
     ]
     tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
     count = bundle.export(picked, bench, tar)
-    assert count == sum(c.config.as_dict()["row_heads"] != 8 for c in picked) >= 8
+    assert count == sum(c.config.as_dict()["row_heads"] != 8 for c in picked) >= 6
     with tarfile.open(tar) as opened:
         opened.extract(bundle.RUNNER_FILE, tmp_path, filter="data")
         assert all(entry.uname == "" and entry.mtime == 0 for entry in opened)

@@ -62,7 +62,7 @@ def test_interrupt_keeps_and_a_second_run_continues(tmp_path):
         "--records",
         records,
         "--trials",
-        "8",
+        "3",
         "--chart",
         tmp_path / "c.html",
     ]
@@ -83,7 +83,7 @@ def test_interrupt_keeps_and_a_second_run_continues(tmp_path):
     found = store.read(path).records
     assert found[: len(kept)] == kept
     screened = [r.config for r in found if r.rung == 0]
-    assert len(screened) == len(set(screened)) == 8
+    assert len(screened) == len(set(screened)) == 3
     assert "times as fast as the default" in second.stdout
     assert (tmp_path / "c.html").read_text().count("<svg") == 2
     assert not [name for name in os.listdir(tmp_path) if "tmp" in name]

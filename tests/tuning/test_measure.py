@@ -3,6 +3,7 @@
 import pytest
 
 from swacompile.target import TargetClass, host_targets
+from swacompile.tuning import search
 from swacompile.tuning.database import Database
 from swacompile.tuning.measure import Candidate, Effort, LocalMeasurer
 from swacompile.tuning.problem import problems, write_expected
@@ -71,7 +72,8 @@ def test_a_window_off_by_one_is_wrong(bench, place, side):
     assert result["status"] == "wrong" and "tolerance 0.0001" in result["message"]
 
 
-def test_tuning_keeps_every_outcome_and_chooses_a_good_one(bench, tmp_path):
+def test_tuning_keeps_every_outcome_and_chooses_a_good_one(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "ROUNDS", 1)
     database = Database(folders=(tmp_path,))
     seen = []
     limits = Limits(trials=12, patience=9)
