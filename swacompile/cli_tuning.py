@@ -17,8 +17,8 @@ from rich.table import Table
 from swacompile.errors import ArgumentError
 from swacompile.target import TARGETS, Target, TargetClass, cpu_flags, host_targets, matching_targets, target_named
 from swacompile.tuning import store
-from swacompile.tuning.database import Database, best
-from swacompile.tuning.gains import Gain, gains, groups, markdown, needed
+from swacompile.tuning.database import Database, best, groups
+from swacompile.tuning.gains import Gain, gains, markdown, needed
 from swacompile.tuning.record import Status, TuningRecord
 from swacompile.tuning.rules import rule_for
 from swacompile.tuning.search import Limits
@@ -105,7 +105,7 @@ def tune(
     if dry_run:
         _dry_run(workloads, target, limits)
     elif export_bundle is not None:
-        _export(workloads, target, limits, export_bundle)
+        _export(workloads, target, limits, database, export_bundle)
     else:
         _tune(
             workloads,
@@ -195,12 +195,14 @@ def _dry_run(workloads: Sequence[Workload], target: Target, limits: Limits) -> N
     out.print(table)
 
 
-def _export(workloads: Sequence[Workload], target: Target, limits: Limits, tar: Path) -> None:
+def _export(workloads: Sequence[Workload], target: Target, limits: Limits, database: Database, tar: Path) -> None:
     from swacompile.tuning import bundle
     from swacompile.tuning.measure import Workbench
 
     with Workbench(target) as bench, err.status(f"building candidates for {target.name}"):
-        picked = [c for w in workloads for c in bundle.pick(w, bench, trials=limits.trials, seed=limits.seed)]
+        picked = [
+            c for w in workloads for c in bundle.pick(w, target, database, trials=limits.trials, seed=limits.seed)
+        ]
         count = bundle.export(picked, bench, tar)
     jobs = " --jobs 8" if target.target_class is TargetClass.CUDA else ""
     out.print(f"wrote {tar}: {count} candidates. On the other machine, with numpy and apache-tvm-ffi installed:")

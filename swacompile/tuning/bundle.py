@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from swacompile.errors import ArgumentError, OutputError
-from swacompile.target import TargetClass
+from swacompile.target import Target, TargetClass
 from swacompile.tuning import runner, store
+from swacompile.tuning.config import Config
 from swacompile.tuning.database import Database
 from swacompile.tuning.measure import Candidate, Effort, Workbench, provenance_here
 from swacompile.tuning.record import Origin
 from swacompile.tuning.rules import rule_for
+from swacompile.tuning.search import SEEDS
 from swacompile.workload import Workload
 
 EFFORT = Effort(rung=1, samples=9, min_ms=10.0)
 """Nobody looks at the results before all are measured, so each is measured well."""
-NEAR = 4
+RANDOM_EVERY = 6
 RUNNER_FILE = "swacompile_runner.py"
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = {
@@ -41,19 +43,31 @@ _RUNTIMES = {
 }
 
 
-def pick(workload: Workload, bench: Workbench, *, trials: int, seed: int = 0) -> tuple[Candidate, ...]:
-    """The default, then its neighbours, and every NEAR-th a random Config: `trials` in all, or as many as the space has."""
-    space = rule_for(workload, bench.target).space(workload, bench.target)
+def pick(
+    workload: Workload, target: Target, database: Database, *, trials: int, seed: int = 0
+) -> tuple[Candidate, ...]:
+    """The default, SEEDS Configs of earlier records, then neighbours of the default, and every RANDOM_EVERY-th a random one:
+    `trials` in all, or as many as the space has. Neighbours that differ in one value go before those that differ in two.
+    """
+    rule = rule_for(workload, target)
+    space = rule.space(workload, target)
     rng = random.Random(seed)
     around = list(space.neighbours(space.base))
     rng.shuffle(around)
+    around.sort(key=lambda config: _differences(config, space.base), reverse=True)
     chosen = {space.base: Origin.DEFAULT}
+    seeds = [config for config in database.earlier(rule, workload, target) if config not in chosen]
+    chosen |= dict.fromkeys(seeds[: min(SEEDS, trials - 1)], Origin.SEARCH)
     while len(chosen) < trials:
-        config = around.pop() if around and len(chosen) % NEAR else space.sample(rng, set(chosen))
+        config = around.pop() if around and len(chosen) % RANDOM_EVERY else space.sample(rng, set(chosen))
         if config is None:
             break
         chosen.setdefault(config, Origin.SEARCH)
     return tuple(Candidate(workload=workload, config=config, origin=origin) for config, origin in chosen.items())
+
+
+def _differences(a: Config, b: Config) -> int:
+    return sum(x != y for x, y in zip(a.values, b.values, strict=True))
 
 
 def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:

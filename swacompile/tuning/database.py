@@ -116,12 +116,32 @@ class Database:
                 break
         return Choice(workload=workload, config=space.base, level=Level.DEFAULT, record=None)
 
+    def earlier(self, rule: TunableRule, workload: Workload, target: Target) -> list[Config]:
+        """Where a search may begin: the best Configs that records have, of whatever kernel sources, as points of today's
+        space. First those of the workload, then of others of its class, nearest first, on the target and on its siblings.
+        """
+        places = (target, *self._siblings(target))
+        records = [record for place in places for record in self.records(place.name)]
+        space = rule.space(workload, target)
+        names = [parameter.name for parameter in space.parameters]
+        found: dict[Config, None] = {}
+        for group in _by_distance(records, rule, workload, target):
+            for record in filter(None, map(best, groups(group))):
+                values = (rule.completed(record.config) or space.base).as_dict()
+                config = space.base.replaced({name: values[name] for name in names})
+                if space.refusal(config) is None:
+                    found[config] = None
+        return list(found)
+
+    @staticmethod
+    def _siblings(target: Target) -> list[Target]:
+        return [other for other in TARGETS if other != target and same_architecture(other, target)]
+
     def _levels(
         self, rule: TunableRule, workload: Workload, target: Target
     ) -> Iterator[tuple[Level, list[TuningRecord]]]:
         own, revision = self.records(target.name), rule.revision()
-        siblings = [other for other in TARGETS if other != target and same_architecture(other, target)]
-        others = [record for other in siblings for record in self.records(other.name)]
+        others = [record for other in self._siblings(target) for record in self.records(other.name)]
         exact = [record for record in own if record.workload == workload]
         nearest = _by_distance(own, rule, workload, target)
         for level, group in ((Level.EXACT, exact), *((Level.NEAREST, group) for group in nearest)):
@@ -179,6 +199,15 @@ def best(
     winner = min(last, key=_median)
     default = min((record for record in last if record.origin is Origin.DEFAULT), key=_median, default=None)
     return winner if default is None or beats(winner, default) else default
+
+
+def groups(records: Iterable[TuningRecord]) -> list[list[TuningRecord]]:
+    """Records that can be compared with each other."""
+    found: dict[object, list[TuningRecord]] = {}
+    for record in records:
+        origin = record.provenance
+        found.setdefault((str(record.workload), origin.device, origin.threads, origin.revision), []).append(record)
+    return list(found.values())
 
 
 def latest_rung(records: Sequence[TuningRecord]) -> list[TuningRecord]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from swacompile.tuning.database import best
+from swacompile.tuning.database import best, groups
 from swacompile.tuning.record import TuningRecord
 from swacompile.tuning.tune import default_of
 
@@ -41,15 +41,6 @@ def gains(records: Iterable[TuningRecord]) -> list[Gain]:
             beside = default if default is not None and default.rung == chosen.rung else None
             found.append(Gain(chosen=chosen, default=beside))
     return found
-
-
-def groups(records: Iterable[TuningRecord]) -> list[list[TuningRecord]]:
-    """Records that can be compared with each other."""
-    found: dict[object, list[TuningRecord]] = {}
-    for record in records:
-        origin = record.provenance
-        found.setdefault((str(record.workload), origin.device, origin.threads, origin.revision), []).append(record)
-    return list(found.values())
 
 
 def needed(records: Sequence[TuningRecord]) -> list[TuningRecord]:

@@ -1,4 +1,5 @@
-"""Which candidates to measure, and for how long: the default first, then random ones, then neighbours of the best.
+"""Which candidates to measure, and for how long: the default first, then the best of earlier records, then random ones, then
+neighbours of the best.
 
 Everything is measured briefly (rung 0). The best few and the default are measured again, longer and in turns (rungs 1
 and 2), so that a lucky sample or a drifting clock does not decide.
@@ -18,6 +19,8 @@ from swacompile.tuning.space import Space
 from swacompile.workload import Workload
 
 BATCH = 4
+SEEDS = 3
+"""Configs of earlier records that are tried after the default."""
 RANDOM_SHARE = 0.25
 """Of a batch that looks around the best."""
 ELITE = 3
@@ -65,9 +68,10 @@ class Search:
 
     def __init__(
         self, workload: Workload, space: Space, measure: Measure, limits: Limits, known: Sequence[TuningRecord] = (),
-        clock: Callable[[], float] = time.monotonic,
+        seeds: Sequence[Config] = (), clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._workload, self._space, self._measure, self._limits = workload, space, measure, limits
+        self._seeds = [config for config in seeds if config != space.base][:SEEDS]
         self._clock, self._start = clock, clock()
         self._rng = random.Random(limits.seed + len(known))
         self._medians: dict[Config, float] = {}
@@ -104,8 +108,9 @@ class Search:
     def _next_batch(self) -> list[Candidate]:
         room = min(BATCH, self._limits.trials - self.tried)
         chosen: list[Config] = []
-        if self._space.base not in self._medians:
-            chosen.append(self._space.base)
+        for first in (self._space.base, *self._seeds):
+            if first not in self._medians and len(chosen) < room:
+                chosen.append(first)
         around = self._around_the_best() if self.tried >= 2 * BATCH else iter(())
         seen = set(self._medians) | set(chosen)
         while len(chosen) < room:

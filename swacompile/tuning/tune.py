@@ -46,9 +46,10 @@ def tune(
     ends the search and keeps what was measured. Raises OutputError, TargetError.
     """
     target, provenance = measurer.target, measurer.provenance
-    space = rule_for(workload, target).space(workload, target)
+    rule = rule_for(workload, target)
     known = comparable(database.records(target.name), workload, provenance)
-    search = Search(workload, space, measurer.measure, limits, known)
+    seeds = database.earlier(rule, workload, target)
+    search = Search(workload, rule.space(workload, target), measurer.measure, limits, known, seeds)
     interrupted = False
     try:
         for outcome, effort in search.run():

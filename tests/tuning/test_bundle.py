@@ -12,12 +12,15 @@ import pytest
 import tvm_ffi
 
 from swacompile.errors import ArgumentError
-from swacompile.target import host_targets
+from swacompile.target import host_targets, target_named
 from swacompile.tuning import bundle, runner
+from swacompile.tuning.cpu_rule import CpuTilesRule
 from swacompile.tuning.database import Database, Level
 from swacompile.tuning.record import Origin, Status
 from swacompile.tuning.rules import rule_for
+from swacompile.workload import Workload
 from tests.tuning.conftest import WORKLOAD
+from tests.tuning.records import record
 
 pytestmark = pytest.mark.cpu
 
@@ -44,7 +47,7 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     )
     picked = [
         candidate
-        for candidate in bundle.pick(WORKLOAD, bench, trials=40)
+        for candidate in bundle.pick(WORKLOAD, bench.target, Database(), trials=40)
         if candidate.origin is Origin.DEFAULT or candidate.config.as_dict()["row_keys"] == 64
     ]
     tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
@@ -71,6 +74,22 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     assert choice.level is Level.EXACT and choice.record.provenance.device
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert "0 measurements" in again.stdout
+
+
+def test_candidates_are_the_default_what_was_best_and_what_is_near(tmp_path):
+    target, workload = target_named("x86_64_v4"), Workload.parse("f32-d64-v64-g4-w128-n4096")
+    database = Database(folders=(tmp_path,))
+    base = CpuTilesRule().default(workload, target)
+    best = base.replaced({"queries": 96, "keys": 48, "score_vectors": 1})
+    database.add([record(1.0, of=best)])
+    picked = bundle.pick(workload, target, database, trials=12)
+    assert [picked[0].config, picked[1].config] == [base, best]
+    assert [candidate.origin for candidate in picked] == [Origin.DEFAULT, *[Origin.SEARCH] * 11]
+    assert len({candidate.config for candidate in picked}) == 12
+    neighbours = CpuTilesRule().space(workload, target).neighbours(base)
+    near = {c for c in neighbours if sum(a != b for a, b in zip(c.values, base.values, strict=True)) == 1}
+    assert 5 <= len(near) <= 8 and near < {candidate.config for candidate in picked}
+    assert [candidate.config for candidate in bundle.pick(workload, target, database, trials=1)] == [base]
 
 
 def test_another_format_is_refused(tmp_path):

@@ -86,6 +86,25 @@ def test_times_of_other_machines_and_kernels_are_not_compared():
     assert best([here, started]) == here, "a search that only began must not hide a finished one"
 
 
+def test_a_search_begins_where_others_ended(database):
+    old = replace(HERE, revision="r0")
+    near, far = config(keys=48), config(keys=24)
+    database.add(
+        [
+            record(5.0, of=far, workload="f32-d64-v64-g4-w4096-n4096"),
+            record(9.0, of=near, provenance=old),
+            record(10.0, of=config(keys=72), provenance=old),
+            record(1.0, of=config(score_keys=24, score_vectors=4)),
+            record(1.0, of=config(keys=96), workload="f32-d128-v128-g4-w128-n4096"),
+        ]
+    )
+    base = RULE.default(WANTED, TARGET)
+    assert database.earlier(RULE, WANTED, TARGET) == [base.replaced({"keys": keys}) for keys in (48, 24)]
+    decode = Workload.parse(f"{WANTED}-decode")
+    database.add([record(1.0, of=config(keys=48, row_keys=128), workload=str(decode))])
+    assert database.earlier(RULE, decode, TARGET) == [RULE.default(decode, TARGET).replaced({"row_keys": 128})]
+
+
 def test_merge_is_idempotent(database, tmp_path):
     ours, theirs = record(1.0), record(2.0, of=config(keys=24))
     database.add([ours])

@@ -7,7 +7,7 @@ from swacompile.target import target_named
 from swacompile.tuning.cpu_rule import CpuTilesRule
 from swacompile.tuning.measure import Outcome
 from swacompile.tuning.record import Origin, Status
-from swacompile.tuning.search import FINALS, SCREEN, Limits, Search
+from swacompile.tuning.search import FINALS, SCREEN, SEEDS, Limits, Search
 from swacompile.workload import Workload
 from tests.tuning.records import record
 
@@ -40,8 +40,8 @@ class Bench:
             times = [cost(candidate.config) * (1 + self.noise * self.rng.random()) for _ in range(effort.samples)]
             yield Outcome(candidate=candidate, status=Status.OK, samples=tuple(times))
 
-    def run(self, limits, known=()):
-        search = Search(WORKLOAD, SPACE, self.measure, limits, known, clock=lambda: self.now)
+    def run(self, limits, known=(), seeds=()):
+        search = Search(WORKLOAD, SPACE, self.measure, limits, known, seeds, clock=lambda: self.now)
         return list(search.run())
 
     @property
@@ -69,6 +69,15 @@ def test_the_default_comes_first_and_stays_to_the_end():
         assert [c.config for c in rung if c.origin is Origin.DEFAULT] == [SPACE.base]
         assert 2 <= len(rung) <= final.keep + 1
     assert all(len(outcome.samples) == 3 * effort.samples for outcome, effort in outcomes if effort != SCREEN)
+
+
+def test_what_was_best_before_comes_after_the_default():
+    seeds = [SPACE.base, *(SPACE.base.replaced({"keys": keys}) for keys in (24, 48, 72, 96, 120))]
+    bench = Bench()
+    bench.run(Limits(trials=8), seeds=seeds)
+    expected = [config for config in seeds if config != SPACE.base][:SEEDS]
+    assert bench.screened[: 1 + SEEDS] == [SPACE.base, *expected]
+    assert len(set(bench.screened)) == 8
 
 
 def test_trials_and_budget_are_kept():
