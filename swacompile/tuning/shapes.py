@@ -1,6 +1,6 @@
 """Workloads of real models, as their published configurations give head sizes, groups and windows, and of a model file.
 
-swacompile tune $(python -m swacompile.tuning.shapes bf16 4096 32768) --target nvidia_h100 --export-bundle work.tar --trials 9
+swacompile tune $(python -m swacompile.tuning.shapes bf16 4096 32768) --target nvidia_h200 --export-bundle work.tar --trials 9
 """
 
 import sys
@@ -64,14 +64,16 @@ MODELS: tuple[ModelShape, ...] = (
 
 
 def model_workloads(dtype: DType, lengths: Sequence[int]) -> tuple[Workload, ...]:
-    """Prefill and decode of all MODELS at some lengths, each once. Encoders do not decode."""
-    wanted = [
-        model.workload(dtype, length, decode=decode)
-        for model in MODELS
-        for length in lengths
-        for decode in (False, True)
-        if not (decode and Feature.TWO_SIDED in model.features)
-    ]
+    """Prefill and decode of all MODELS at some lengths, each once. Encoders do not decode, and a decoded token reads no more
+    than its window: beyond it one length stands for all.
+    """
+    wanted = []
+    for model in MODELS:
+        wanted += [model.workload(dtype, length) for length in lengths]
+        if Feature.TWO_SIDED not in model.features:
+            longer = sorted(length for length in lengths if length >= model.window)[:1]
+            shorter = [length for length in lengths if length < model.window]
+            wanted += [model.workload(dtype, length, decode=True) for length in (*shorter, *longer)]
     return tuple(dict.fromkeys(wanted))
 
 

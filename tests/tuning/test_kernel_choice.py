@@ -57,6 +57,9 @@ def test_published_shapes_are_workloads():
     wanted = model_workloads(DType.BF16, (4096, 32768))
     assert len(set(wanted)) == len(wanted) and Workload.parse("bf16-d64-v64-g8-w128-n4096-sinks-decode") in wanted
     assert not any("two_sided-decode" in str(workload) for workload in wanted)
+    decode = [str(workload) for workload in wanted if "decode" in str(workload)]
+    assert [text for text in decode if "n32768" in text] == ["bf16-d64-v64-g7-w32768-n32768-decode"]
+    assert len(decode) == 10 and len(wanted) == 30
     for model in MODELS:
         assert model.heads % model.kv_heads == 0
         prefill, decode = (model.workload(DType.F32, 4096, decode=decode) for decode in (False, True))
