@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+RESERVED_PER_BLOCK = 1024
+"""Bytes of shared memory that the driver takes of each thread block (CUDA C++ programming guide)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaArch:
@@ -14,6 +17,11 @@ class CudaArch:
     capabilities).
     """
     shared_per_sm: int
+
+    def holds(self, shared_bytes: int, blocks_per_sm: int) -> bool:
+        """Whether so many thread blocks of this size run on one multiprocessor at a time."""
+        each = shared_bytes + RESERVED_PER_BLOCK
+        return shared_bytes <= self.shared_per_block and each * blocks_per_sm <= self.shared_per_sm
 
     @property
     def nvcc_flags(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ A rule answers None for "not mine". Rules are tried in order, the last of a fami
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swacompile.schedules.cuda.arch import CudaArch
 from swacompile.schedules.cuda.spec import Config, KernelSpec, MmaConfig, WgmmaConfig
@@ -47,7 +47,7 @@ def choose(spec: KernelSpec, arch: CudaArch, shape: Shape) -> Config:
     for family in arch.families:
         for rule in RULES[family] if spec.dtype in DTYPES_OF[family] else ():
             config = rule(spec, shape)
-            if config is not None and config.shared_bytes(spec) <= arch.shared_per_block:
+            if config is not None and arch.holds(config.shared_bytes(spec), config.blocks_per_sm):
                 return config
     raise ValueError(f"no tiles of {spec.symbol} fit the {arch.shared_per_block} bytes of shared memory of {arch.name}")
 
@@ -143,10 +143,14 @@ def wgmma_two_consumers(spec: KernelSpec, shape: Shape) -> Config | None:
     widest = _widest(spec)
     if _is_plain(spec):
         return WgmmaConfig(keys_per_tile=64, pack=shape.pack, overlap=True, query_steps=6)
-    if widest > 192:
-        keys = 32 if len(spec.features.names) <= FEW_FEATURES else 16
+    features = spec.features
+    if widest > 192 and features.bias:
+        keys = 32 if len(features.names) <= FEW_FEATURES else 16
         return WgmmaConfig(keys_per_tile=keys, consumers=1, pack=shape.pack)
-    return WgmmaConfig(keys_per_tile=96 if widest <= 64 else 64 if widest <= 128 else 32, pack=shape.pack)
+    if widest > 128:
+        narrow = features.bias or features.segments or len(features.names) > FEW_FEATURES
+        return WgmmaConfig(keys_per_tile=32 if narrow else 48, pack=shape.pack)
+    return WgmmaConfig(keys_per_tile=96 if widest <= 64 else 64, pack=shape.pack)
 
 
 def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
@@ -155,8 +159,14 @@ def mma_two_row_blocks(spec: KernelSpec, shape: Shape) -> Config | None:
     if widest > 128 or not _is_plain(spec) or spec.features.split:
         return None
     return MmaConfig(
-        keys_per_tile=64 if widest <= 64 else 32, row_blocks=2, pack=shape.pack, blocks_per_sm=2 if widest <= 64 else 1
+        keys_per_tile=64 if widest <= 64 else 48, row_blocks=2, pack=shape.pack, blocks_per_sm=2 if widest <= 64 else 1
     )
+
+
+def mma_two_row_blocks_narrow(spec: KernelSpec, shape: Shape) -> Config | None:
+    """For the 100 KiB of a multiprocessor of sm_86, sm_89 and sm_120, which two of the wider do not share."""
+    config = mma_two_row_blocks(spec, shape)
+    return None if config is None else replace(config, keys_per_tile=48)
 
 
 def mma_any(spec: KernelSpec, shape: Shape) -> Config | None:
@@ -196,5 +206,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
         wgmma_three_consumers,
         wgmma_two_consumers,
     ),
-    "mma": (mma_float32, mma_float32_small, mma_two_row_blocks, mma_any, mma_small),
+    "mma": (mma_float32, mma_float32_small, mma_two_row_blocks, mma_two_row_blocks_narrow, mma_any, mma_small),
 }

@@ -175,9 +175,8 @@ class Body:
         tile, keys = self.tile, self.sizes.keys
         for row, column, inside in self._chunks(self.config.keys_per_tile, columns):
             key = fixed(first + row)
-            valid = all_of(key < keys, column < size)
+            at, has_column = self._column(column, size, columns)
             with When(inside):
-                at = T.min(column, size - self._chunk)
                 _copy(
                     target.ptr_to([slot, row, column]),
                     source,
@@ -185,7 +184,7 @@ class Body:
                     tile.kv_head,
                     T.min(key, keys - 1),
                     at,
-                    valid,
+                    all_of(key < keys, has_column),
                 )
 
     def _copy_queries(self) -> None:
@@ -193,10 +192,9 @@ class Body:
         for row, column, inside in self._chunks(self.config.rows, self.head):
             query = fixed(tile.first_query + div(row, pack))
             in_group = fixed(tile.group_block * pack + mod(row, pack))
-            valid = all_of(query < sizes.queries, in_group < sizes.group, column < size)
+            at, has_column = self._column(column, size, self.head)
             head = tile.kv_head * sizes.group + T.min(in_group, sizes.group - 1)
             with When(inside):
-                at = T.min(column, size - self._chunk)
                 _copy(
                     self._sq.ptr_to([row, column]),
                     self._q,
@@ -204,20 +202,33 @@ class Body:
                     head,
                     T.min(query, sizes.queries - 1),
                     at,
-                    valid,
+                    all_of(query < sizes.queries, in_group < sizes.group, has_column),
                 )
+
+    def _column(self, column: Any, size: int, columns: int) -> tuple[Any, Any]:
+        """A column that exists in memory, and whether it is this one: `columns` may be padded."""
+        if size == columns:
+            return column, T.bool(True)
+        return T.min(column, size - self._chunk), column < size
 
     def _chunks(self, rows: int, columns: int) -> list[tuple[Any, Any, Any]]:
         """(row, column, exists) of each 16 bytes of a tile that this thread copies."""
         threads, per_row = self.config.threads, columns // self._chunk
         total = rows * per_row
         chunks = []
+        row, column = self._place(self._thread, per_row)
         for start in range(0, total, threads):
-            index = fixed(self._thread + start)
-            exists = T.bool(True) if start + threads <= total else index < total
-            row = fixed(div(index, per_row))
-            chunks.append((row, fixed((index - row * per_row) * self._chunk), exists))
+            exists = T.bool(True) if start + threads <= total else self._thread + start < total
+            if threads % per_row:
+                chunks.append((*self._place(self._thread + start, per_row), exists))
+            else:
+                # One register for all rows.
+                chunks.append((row + start // per_row, column, exists))
         return chunks
+
+    def _place(self, index: Any, per_row: int) -> tuple[Any, Any]:
+        row = fixed(div(index, per_row))
+        return row, fixed((index - row * per_row) * self._chunk)
 
     def _load_queries(self) -> None:
         for block in self._blocks:

@@ -107,13 +107,16 @@ class Tile:
 
     @staticmethod
     def total(sizes: Sizes, *, positions: int, pack: int) -> Any:
-        return (
-            ceil_div(sizes.queries, positions)
-            * ceil_div(sizes.group, pack)
-            * sizes.kv_heads
-            * sizes.batch
-            * sizes.splits
-        )
+        return Tile._of_pairs(sizes.kv_heads * sizes.batch, sizes, positions=positions, pack=pack)
+
+    @staticmethod
+    def wave(sizes: Sizes, *, positions: int, pack: int) -> Any:
+        """Tiles of all waves but the last."""
+        return Tile._of_pairs(sizes.heads_per_wave, sizes, positions=positions, pack=pack)
+
+    @staticmethod
+    def _of_pairs(pairs: Any, sizes: Sizes, *, positions: int, pack: int) -> Any:
+        return ceil_div(sizes.queries, positions) * ceil_div(sizes.group, pack) * pairs * sizes.splits
 
 
 class Rows:

@@ -11,7 +11,6 @@ reads zeros beyond an edge and writes nothing there; so do lengths, and a group 
 `pack`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -27,6 +26,7 @@ from swacompile.schedules.cuda.trace import (
     When,
     all_of,
     branch,
+    ceil_div,
     div,
     emit,
     f32,
@@ -40,6 +40,7 @@ from swacompile.schedules.cuda.trace import (
 )
 
 MAPPED = ("query", "key", "value", "output")
+NO_TILE = -1
 FIRST_PINGPONG_BARRIER = 1
 FIRST_STORE_BARRIER = 5
 LOAD_4D = "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -120,6 +121,8 @@ class Memory:
         self.o: Any = None
         if config.stages_output(spec):
             self.o = pool.alloc((layout.value_chunks, config.rows, layout.chunk), spec.dtype, align=1024)
+        self.tile: Any = pool.alloc((config.query_stages * config.consumers,), "int32", align=8)
+        """Number of the tile that a consumer's queries are of."""
         self.query_full, self.query_empty = self._barriers(pool, config.query_stages * config.consumers)
         self.key_full, self.key_empty = self._barriers(pool, config.key_stages)
         self.value_full, self.value_empty = self._barriers(pool, config.value_stages)
@@ -175,9 +178,8 @@ class Body:
         self.stages_output = config.stages_output(spec)
         self.output = call.output
         self.scale, self.softcap = call.scale, call.softcap
+        self.blocks = call.blocks
         self.block = T.cta_id([T.min(call.blocks, abi.tiles(call, positions=config.positions, pack=config.pack))])
-        self.total = fixed(Tile.total(sizes, positions=config.positions, pack=config.pack))
-        self.grid = fixed(T.min(call.blocks, self.total))
         self.warpgroup = T.warpgroup_id([config.consumers + 1])
         self.warp = T.warp_id_in_wg([4])
         self.lane = T.lane_id([32])
@@ -191,21 +193,16 @@ class Body:
         emit(T.cuda.cta_sync())
         branch(self.warpgroup == 0, Producer(self).emit, Consumer(self).emit)
 
-    def for_each_tile(self, action: Callable[[Tile], None]) -> None:
+    def tile(self, index: Any) -> Tile:
         config = self.config
-        index = scalar(self.block)
-        with T.While(index[0] < self.total):
-            action(
-                Tile(
-                    index[0],
-                    self.sizes,
-                    positions=config.positions,
-                    pack=config.pack,
-                    keys_per_tile=config.keys_per_tile,
-                    features=self.spec.features,
-                )
-            )
-            index[0] = index[0] + self.grid
+        return Tile(
+            index,
+            self.sizes,
+            positions=config.positions,
+            pack=config.pack,
+            keys_per_tile=config.keys_per_tile,
+            features=self.spec.features,
+        )
 
 
 class Producer:
@@ -222,13 +219,45 @@ class Producer:
             self._queries = Ring(config.query_stages, 1)
             self._keys = Ring(config.key_stages, 1)
             self._values = Ring(config.value_stages, 1)
-            body.for_each_tile(self._tile)
+            self._all_tiles()
 
-    def _tile(self, tile: Tile) -> None:
+    def _all_tiles(self) -> None:
+        """Runs over the blocks to and fro: costs fall along a wave's tiles where a band begins, and the block that had a
+        round's longest takes the next round's shortest. Each wave begins anew, or few ones that fill the grid together.
+        """
+        body = self._body
+        positions, pack = body.config.positions, body.config.pack
+        total = fixed(Tile.total(body.sizes, positions=positions, pack=pack))
+        grid = fixed(T.min(body.blocks, total))
+        wave = fixed(Tile.wave(body.sizes, positions=positions, pack=pack))
+        period = fixed(wave * ceil_div(grid, wave))
+        first_stride = fixed(2 * (grid - body.block) - 1)
+        index, stop, stride = scalar(body.block), scalar(period), scalar(first_stride)
+        with T.While(index[0] < total):
+            self._tile(index[0])
+            index[0] = index[0] + stride[0]
+            stride[0] = 2 * grid - stride[0]
+            with When(index[0] >= stop[0]):
+                index[0] = stop[0] + body.block
+                stop[0] = stop[0] + period
+                stride[0] = first_stride
+        for consumer in range(body.config.consumers):
+            arrive(body.memory.query_full, self._announce(T.int32(NO_TILE), consumer))
+
+    def _announce(self, index: Any, consumer: int) -> Any:
+        """Tell a consumer its next tile, once it has read the queries before. Returns the barrier of its queries."""
+        memory = self._body.memory
+        barrier = fixed(self._queries.slot[0] * self._body.config.consumers + consumer)
+        wait(memory.query_empty, barrier, self._queries.phase[0])
+        T.buffer_store(memory.tile, index, [barrier])
+        return barrier
+
+    def _tile(self, index: Any) -> None:
+        tile = self._body.tile(index)
         with When(tile.count > 0):
             self._load_keys(tile, tile.count - 1)
         for consumer in range(self._body.config.consumers):
-            self._load_queries(tile, consumer)
+            self._load_queries(tile, index, consumer)
         self._queries.advance()
         with When(tile.count > 0):
             step = scalar(tile.count - 1)
@@ -238,11 +267,10 @@ class Producer:
                 step[0] = step[0] - 1
             self._load_values(tile, 0)
 
-    def _load_queries(self, tile: Tile, consumer: int) -> None:
+    def _load_queries(self, tile: Tile, index: Any, consumer: int) -> None:
         body, config, memory = self._body, self._body.config, self._body.memory
         slot = self._queries.slot[0]
-        barrier = slot * config.consumers + consumer
-        wait(memory.query_empty, barrier, self._queries.phase[0])
+        barrier = self._announce(index, consumer)
         expect(memory.query_full, barrier, 64 * body.layout.head * ELEMENT_BYTES)
         first = tile.first_query + consumer * (64 // config.pack)
         for c in range(body.layout.head_chunks):
@@ -337,7 +365,10 @@ class Consumer:
         )
         self._finish = Finish(spec, body.operands, lane=body.lane)
         self._give_first_turn()
-        body.for_each_tile(self._tile)
+        index = scalar(self._next_tile())
+        with T.While(index[0] != NO_TILE):
+            self._tile(body.tile(index[0]))
+            index[0] = self._next_tile()
         if body.stages_output:
             with When(self._leads):
                 ptx("cp.async.bulk.wait_group", 0)
@@ -383,13 +414,19 @@ class Consumer:
             for distance in range(1, consumers):
                 self._turn("arrive", mod(self._index + distance, consumers))
 
+    def _next_tile(self) -> Any:
+        """Waits for its queries, too."""
+        memory = self._body.memory
+        barrier = fixed(self._queries.slot[0] * self._body.config.consumers + self._index)
+        wait(memory.query_full, barrier, self._queries.phase[0])
+        return memory.tile[barrier]
+
     def _tile(self, tile: Tile) -> None:
-        body, memory = self._body, self._body.memory
+        body = self._body
         self._rows = Rows(tile, self._index * 64 + body.warp * 16 + div(body.lane, 4))
         for i in range(self._outputs.length):
             self._outputs[i] = 0.0
         self._softmax.reset()
-        wait(memory.query_full, self._queries.slot[0] * body.config.consumers + self._index, self._queries.phase[0])
         branch(tile.count > 0, lambda: self._attend(tile), self._release_queries)
         self._queries.advance()
         self._finish.apply(self._softmax, self._outputs, tile, self._rows)

@@ -61,8 +61,6 @@ _DECODE_AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 }
 _SPARE_REGISTERS = 24
 """Of a thread, for addresses, row sums and loop counters: less than what any kernel was seen to need."""
-_RESERVED_SHARED = 1024
-"""Bytes that the driver takes of each thread block's shared memory (CUDA C++ programming guide)."""
 _SOURCES = Path(__file__).parents[1] / "schedules" / "cuda"
 _NOT_KERNELS = {
     "wgmma": ("arch.py", "choose.py", "mma.py", "fragments.py"),
@@ -186,12 +184,12 @@ def refuse(config: Config, workload: Workload, target: Target) -> str | None:
         return str(error)
     if cuda.threads > limits.threads_per_block:
         return f"{cuda.threads} threads, a block has at most {limits.threads_per_block}"
-    used, per_sm = cuda.shared_bytes(spec), arch_of(target).shared_per_sm
+    used, arch = cuda.shared_bytes(spec), arch_of(target)
     if used > limits.shared_per_block:
         return f"{used} bytes of shared memory, a block has at most {limits.shared_per_block}"
     # Of an mma kernel blocks_per_sm only bounds registers.
-    if isinstance(cuda, WgmmaConfig) and (used + _RESERVED_SHARED) * cuda.blocks_per_sm > per_sm:
-        return f"{cuda.blocks_per_sm} blocks need {used} bytes of shared memory each, a multiprocessor has {per_sm}"
+    if isinstance(cuda, WgmmaConfig) and not arch.holds(used, cuda.blocks_per_sm):
+        return f"{cuda.blocks_per_sm} blocks need {used} bytes of shared memory each, a multiprocessor has {arch.shared_per_sm}"
     if cuda.pack > 1 << (workload.group - 1).bit_length():
         return f"{cuda.pack} heads a tile, a group has {workload.group}"
     needed, available = _registers(cuda, spec, limits)
@@ -207,14 +205,12 @@ def refuse(config: Config, workload: Workload, target: Target) -> str | None:
 def _registers(cuda: CudaConfig, spec: KernelSpec, limits: CudaLimits) -> tuple[int, int]:
     """Fewest registers that a thread with accumulators can do with, and those that it has.
 
-    Scores and outputs are float32. The weights are there as 16-bit operands beside the next tile's scores, if products
-    and softmax overlap.
+    Scores and outputs are float32. A wgmma kernel holds the weights as 16-bit operands beside the next tile's scores.
     """
     columns = cuda.keys_per_tile + spec.value_size
     if isinstance(cuda, WgmmaConfig):
-        values = asdict(cuda)
-        weights = cuda.keys_per_tile // 4 if values.get("overlap", True) else 0
-        return columns // 2 + weights + 4 * values.get("query_steps", 0) + _SPARE_REGISTERS, cuda.registers[1]
+        weights = cuda.keys_per_tile // 4
+        return columns // 2 + weights + 4 * cuda.query_steps + _SPARE_REGISTERS, cuda.registers[1]
     needed = cuda.row_blocks * columns // 2 + _SPARE_REGISTERS
     return needed, min(limits.registers_per_sm // (cuda.threads * cuda.blocks_per_sm), 255)
 

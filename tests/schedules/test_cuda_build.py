@@ -119,7 +119,7 @@ ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions
 
 
 def test_a_spilling_config_is_told(tmp_path: Path) -> None:
-    kernel = Kernel(spec=spec(128), config=MmaConfig(keys_per_tile=64, row_blocks=2))
+    kernel = Kernel(spec=spec(128), config=MmaConfig(keys_per_tile=96, row_blocks=2))
     built = build_kernels([kernel], CUDA_ARCHS["sm_80"], tmp_path / "spills.so")
     assert built.reports[0].spill_bytes > 0
 

@@ -78,7 +78,7 @@ def test_every_kernel_has_tiles_on_every_architecture(size: int, arch: str, feat
     target = CUDA_ARCHS[arch]
     for shape in (Shape(), Shape(group=8, band=128), Shape(group=5), Shape(group=48)):
         config = choose(spec(size, **features), target, shape)
-        assert config.shared_bytes(spec(size, **features)) <= target.shared_per_block
+        assert target.holds(config.shared_bytes(spec(size, **features)), config.blocks_per_sm)
         assert isinstance(config, WgmmaConfig) == ("wgmma" in target.families)
 
 
@@ -91,6 +91,21 @@ def test_float32_goes_to_the_family_that_multiplies_tf32(size: int, arch: str) -
         assert isinstance(config, MmaConfig)
         assert config.shared_bytes(single) <= CUDA_ARCHS[arch].shared_per_block
         assert single.element_bytes == 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys"), [("sm_80", 64), ("sm_86", 48), ("sm_89", 48), ("sm_100a", 64), ("sm_120", 48)]
+)
+def test_blocks_that_shall_share_a_multiprocessor_fit(arch: str, keys: int) -> None:
+    config, target = choose(spec(64), CUDA_ARCHS[arch], Shape()), CUDA_ARCHS[arch]
+    assert (config.keys_per_tile, config.blocks_per_sm) == (keys, 2)
+    assert 2 * (config.shared_bytes(spec(64)) + 1024) <= target.shared_per_sm
+
+
+def test_a_block_alone_may_take_what_two_may_not() -> None:
+    arch = CUDA_ARCHS["sm_86"]
+    assert arch.holds(99 * 1024, 1) and not arch.holds(99 * 1024 + 16, 1)
+    assert arch.holds(49 * 1024, 2) and not arch.holds(49 * 1024 + 16, 2)
 
 
 def test_a_short_band_of_grouped_heads_is_packed() -> None:

@@ -212,10 +212,15 @@ def _band(kernel: Kernel, key: Any, numbers: Numbers) -> int:
 
 
 def _heads_per_wave(kernel: Kernel, query: Any, key: Any, numbers: Numbers, device: Device) -> int:
+    """Even waves whose windows fit in a share of the L2 cache, or in twice that where one wave takes all: a single one
+    leaves no block idle between waves.
+    """
     pairs = key.shape[0] * key.shape[1]
     spec = kernel.spec
     window_bytes = spec.element_bytes * _band(kernel, key, numbers) * (spec.head_size + spec.value_size)
-    return int(max(1, min(pairs, L2_SHARE * device.l2_bytes // window_bytes)))
+    fitting = max(1, int(L2_SHARE * device.l2_bytes / window_bytes))
+    waves = 1 if pairs <= 2 * fitting else -(-pairs // fitting)
+    return int(-(-pairs // waves))
 
 
 def _splits(kernel: Kernel, query: Any, key: Any, numbers: Numbers, device: Device) -> int:

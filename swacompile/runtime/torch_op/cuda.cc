@@ -210,10 +210,14 @@ class Launch {
     return std::min(is_.key.size(2), side(with_.left) + side(with_.right) + kernel.positions);
   }
 
-  // (batch, key head) pairs whose keys and values fit in the cache side by side.
+  // (batch, key head) pairs that run side by side: even waves whose keys and values fit in a share of the cache, or in twice that
+  // where one wave takes all.
   int64_t heads_per_wave() const {
     const int64_t bytes = is_.key.element_size() * keys_of_tile(*kernel_) * (is_.query.size(3) + is_.value.size(3));
-    return std::clamp<int64_t>(gpu_.l2_bytes / l2_share / bytes, 1, is_.key.size(0) * is_.key.size(1));
+    const int64_t pairs = is_.key.size(0) * is_.key.size(1);
+    const int64_t fitting = std::max<int64_t>(1, gpu_.l2_bytes / l2_share / bytes);
+    const int64_t waves = pairs <= 2 * fitting ? 1 : ceil_div(pairs, fitting);
+    return ceil_div(pairs, waves);
   }
 
   // As the kernels read rows: the last axis in one piece, everything at multiples of 16 bytes. Other tensors are copied.
