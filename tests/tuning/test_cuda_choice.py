@@ -106,7 +106,7 @@ def test_tiles_that_spill_are_left_for_the_default(database, tmp_path, caplog):
     pytest.importorskip("tvm")
     workload = Workload.parse("bf16-d128-v128-g1-w64-n512")
     kernel = default_kernel(workload, A100)
-    spilling = config_of(kernel.config).replaced({"keys_per_tile": 64, "stages": 2, "blocks_per_sm": 1})
+    spilling = config_of(kernel.config).replaced({"keys_per_tile": 96, "stages": 2, "blocks_per_sm": 1})
     assert RULE.space(workload, A100).refusal(spilling) is None
     database.add([measured(1.0, spilling, workload=workload)])
     chosen = choose_cuda_kernels([kernel], [workload], A100, database)
