@@ -75,7 +75,9 @@ def tune(
     key: Annotated[str | None, typer.Option(help="The servers' key at the tracker.")] = None,
     export_bundle: Annotated[
         Path | None,
-        typer.Option(help="Build candidates into this .tar, to be measured on a machine without a compiler."),
+        typer.Option(
+            help="Build candidates into this .tar or .tar.xz, to be measured on a machine without a compiler."
+        ),
     ] = None,
     import_results: Annotated[Path | None, typer.Option(help="Take in what a bundle's runner measured.")] = None,
     lock: Annotated[

@@ -71,8 +71,8 @@ def _differences(a: Config, b: Config) -> int:
 
 
 def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
-    """Build candidates and write them with the runner and TVM's runtime libraries to a tar; gives the number that could
-    be built.
+    """Build candidates and write them with the runner and TVM's runtime libraries to a .tar, or a .tar.xz of a third of the size;
+    gives the number that could be built.
 
     Raises OutputError.
     """
@@ -87,7 +87,7 @@ def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
     names |= {file.name for job in jobs for file in folder.glob(f"{Path(job['library']).stem}.*")}
     names |= {problem["expected"] for job in jobs for problem in job["problems"]}
     try:
-        with tarfile.open(out, "w") as tar:
+        with tarfile.open(out, "w:xz" if out.suffix == ".xz" else "w") as tar:
             for name in sorted(names):
                 tar.add(folder / name, arcname=name, filter=_anonymous)
     except OSError as error:

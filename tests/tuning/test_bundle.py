@@ -50,7 +50,7 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
         for candidate in bundle.pick(WORKLOAD, bench.target, Database(), trials=40)
         if candidate.origin is Origin.DEFAULT or candidate.config.as_dict()["row_keys"] == 64
     ]
-    tar, results = tmp_path / "work.tar", tmp_path / "results.jsonl"
+    tar, results = tmp_path / "work.tar.xz", tmp_path / "results.jsonl"
     count = bundle.export(picked, bench, tar)
     assert count == sum(c.config.as_dict()["row_heads"] != 8 for c in picked) >= 6
     with tarfile.open(tar) as opened:
