@@ -14,7 +14,7 @@ from rich.console import Console
 
 from swacompile.cli_tuning import Folder, records_folder
 from swacompile.errors import ArgumentError, OutputError, TargetError
-from swacompile.target import Target, TargetClass, host_targets, target_named
+from swacompile.target import Target, TargetClass, cuda_target, host_targets, target_named
 from swacompile.tuning.database import Database
 from swacompile.workload import DType
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from swacompile.report.cpu_contenders import Contender
 
 CPU = "cpu"
-CUDA_NAMES = ("cuda", "nvidia/")
+CUDA = "cuda"
+CUDA_NAMES = (CUDA, "nvidia/")
 """How the names of CUDA targets begin."""
 
 out, err = Console(width=10_000 if not sys.stdout.isatty() else None), Console(stderr=True)
@@ -78,7 +79,7 @@ def bench(
     if target_name.startswith(CUDA_NAMES):
         if plot is not None:
             raise ArgumentError(f"--plot draws CPU kernels: expected no --target {target_name} beside it")
-        _bench_cuda(what or [], target_name, length, as_document=as_document)
+        _bench_cuda(what or [], target_name, length, contenders, folder, as_document=as_document)
         return
     if not what and plot is None:
         raise ArgumentError("nothing to time: give a model, a workload, a set (prefill, short, decode), or --plot")
@@ -176,35 +177,48 @@ def _cpu_target(name: str) -> Target:
     return target
 
 
-def _bench_cuda(what: Sequence[str], name: str, length: int | None, *, as_document: bool) -> None:
+def _bench_cuda(
+    what: Sequence[str], name: str, length: int | None, contenders: Sequence[str] | None, folder: Path | None,
+    *, as_document: bool,
+) -> None:  # fmt: skip
     """Raises TargetError where there is no device that the kernels are timed on."""
     from swacompile.report import bench_cuda
 
     cases = tuple(case for text in what for case in _cuda_cases(text, length)) or bench_cuda.CASES
-    _require_hopper(name)
-    with tempfile.TemporaryDirectory(prefix="swacompile-") as folder, err.status("building kernels") as status:
-        bench_cuda.build_libraries(Path(folder), cases)
+    device, target = _cuda_device(name)
+    database = Database(folders=(records_folder(folder),))
+    with tempfile.TemporaryDirectory(prefix="swacompile-") as built, err.status("building kernels") as status:
+        origins = bench_cuda.build_libraries(Path(built), cases, target, database, device=device)
         ceilings = bench_cuda.measure_ceilings()
         rows = []
-        for row in bench_cuda.run(Path(folder), cases, ceilings):
+        for row in bench_cuda.run(Path(built), cases, ceilings, contenders=contenders, origins=origins):
             rows.append(row)
             status.update(f"{row.case}: {row.peer}")
     if as_document:
-        document = {"version": 1, "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
-        sys.stdout.write(json.dumps(document, indent=1) + "\n")
-    else:
-        _print("\n".join(_cuda_lines(rows)))
+        about = {"version": 2, "device": device, "target": target.name, "ceilings": asdict(ceilings)}
+        sys.stdout.write(json.dumps(about | {"rows": [_finite(row) for row in rows]}, indent=1) + "\n")
+        return
+    _print(f"{device}, {target.tag or target.name}\n")
+    _print("\n".join(_cuda_lines(rows)) + "\n")
+    for line in dict.fromkeys(f"tuning {row.tuning}" for row in rows if row.tuning):
+        _print(line)
 
 
 def _cuda_lines(rows: "Sequence[bench_cuda.Row]") -> Iterator[str]:
-    yield "| case | contender | ms | TFLOP/s | of the floor |"
-    yield "|---|---|---|---|---|"
+    yield "| case | contender | ms | times ours | TFLOP/s | of the floor |"
+    yield "|---|---|---|---|---|---|"
     for row in rows:
-        figures = f"{row.milliseconds:.3f} | {row.tflops:.1f} | {100 * row.floor_share:.0f} %"
-        yield f"| {row.case} | {row.peer} | {row.failure + ' | |' if row.failure else figures} |"
+        figures = f"{row.milliseconds:.3f} | {row.ratio:.2f} | {row.tflops:.1f} | {100 * row.floor_share:.0f} %"
+        yield f"| {row.case} | {row.peer} | {row.failure + ' | | |' if row.failure else figures} |"
 
 
-def _require_hopper(name: str) -> None:
+def _finite(row: "bench_cuda.Row") -> dict[str, object]:
+    """JSON has no NaN."""
+    return {name: None if value != value else value for name, value in asdict(row).items()}
+
+
+def _cuda_device(name: str) -> tuple[str, Target]:
+    """The first device's name, and its row or the one that `name` names, whose kernels must run there."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -216,10 +230,17 @@ def _require_hopper(name: str) -> None:
             f"--target {name}: expected a CUDA device that torch {torch.__version__} can use, found none. "
             "Install a driver and a torch built for CUDA, or name a CPU target."
         )
-    if torch.cuda.get_device_capability() != (9, 0):
+    device, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    found = cuda_target(device, capability)
+    if name == CUDA:
+        return device, found
+    target = target_named(name)
+    if target.cuda is None or target.cuda.capability != capability:
+        arch = target.cuda.arch if target.cuda else "no GPU"
         raise TargetError(
-            f"--target {name}: the kernels of this benchmark are built for sm_90a, the device is {torch.cuda.get_device_name()}."
+            f"--target {name}: its kernels are built for {arch}, the device is {device}: name {found.tag}"
         )
+    return device, target
 
 
 def _cuda_cases(text: str, length: int | None) -> "Iterator[bench_cuda.Case]":

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from swacompile import cli_bench
+from swacompile.target import target_named
 
 WORKLOAD = "f32-d16-v16-g2-w16-n64"
 
@@ -37,6 +38,41 @@ def test_cuda_needs_a_device(run_cli, monkeypatch, target):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run_cli("bench", "--target", target)
     assert result.code == 2 and "expected a CUDA device" in result.err
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device as torch describes it."""
+    torch = pytest.importorskip("torch")
+
+    def describe(name, capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "name", "target"),
+    [
+        ("NVIDIA H200", (9, 0), "cuda", "nvidia/nvidia-h200"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), "cuda", "nvidia/nvidia-h100"),
+        ("NVIDIA H200", (9, 0), "nvidia/nvidia-h100", "nvidia/nvidia-h100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "cuda", "nvidia/nvidia-a100"),
+    ],
+)
+def test_cuda_is_the_target_of_the_device(gpu, device, capability, name, target):
+    gpu(device, capability)
+    assert cli_bench._cuda_device(name) == (device, target_named(target))
+
+
+def test_cuda_refuses_kernels_that_the_device_does_not_run(run_cli, gpu):
+    gpu("NVIDIA H200", (9, 0))
+    result = run_cli("bench", "--target", "nvidia/nvidia-a100")
+    assert result.code == 2 and "built for sm_80, the device is NVIDIA H200: name nvidia/nvidia-h200" in result.err
+    gpu("NVIDIA T4", (7, 5))
+    assert "no kernels for NVIDIA T4 (sm_75)" in run_cli("bench", "--target", "cuda").err
 
 
 def test_a_model_without_windows(run_cli, corpus):

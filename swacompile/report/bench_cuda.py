@@ -1,29 +1,37 @@
 """Times CUDA kernels beside their peers: SDPA with the dense mask, compiled flex_attention and cuDNN's band.
 
 Every peer does the same work on the same inputs in the same process, checked on sampled rows against float64. A time
-is the median of launches with the L2 cache flushed before each (triton.testing.do_bench). The floor of a case is the
-greater of its products over the measured rate of a large matrix product and its bytes, each read or written once,
-over the measured rate of a large copy.
+is the median of launches with the L2 cache flushed before each (triton.testing.do_bench); all take turns for some
+rounds, and the median of those is reported. The floor of a case is the greater of its products over the measured rate
+of a large matrix product and its bytes, each read or written once, over the measured rate of a large copy.
 """
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
+
+from swacompile.target import Target
+from swacompile.workload import DType, Feature, Workload
 
 if TYPE_CHECKING:
     import torch
 
     from swacompile.runtime.cuda.launch import Launcher
     from swacompile.runtime.cuda.library import Kernel
+    from swacompile.tuning.database import Database
+    from swacompile.tuning.kernel_choice import CudaKernelChoice
 
 ROW_TOLERANCE = 1e-2
 MASK_BYTES_LIMIT = 40e9
 DECODING_QUERIES = 16
 WARM_UP_MS = 50
 REPEAT_MS = 200
+ROUNDS = 5
+OURS = "swacompile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,52 +113,115 @@ class Ceilings:
 class Row:
     """One line of the table.
 
-    `error` is ||out - ref|| / ||ref|| on the sampled rows; `failure` says why there is no time.
+    `error` is ||out - ref|| / ||ref|| on the sampled rows; `failure` says why there is no time. `ratio` is the median of
+    the rounds' times over ours; `tuning` says where our kernel's tiles come from.
     """
 
     case: str
     peer: str
     milliseconds: float = math.nan
+    ratio: float = math.nan
     tflops: float = math.nan
     floor_share: float = math.nan
     error: float = math.nan
     failure: str = ""
+    tuning: str = ""
 
 
-def kernel_of(case: Case) -> "Kernel":
-    """The kernel that `case` needs, with the default tiles for sm_90a."""
-    from swacompile.runtime.cuda.library import Kernel
-    from swacompile.schedules.cuda.arch import CUDA_ARCHS
-    from swacompile.schedules.cuda.choose import Shape, choose
-    from swacompile.schedules.cuda.spec import Features, KernelSpec
-
-    features = Features(sinks=case.sinks, split=case.query_count <= DECODING_QUERIES)
-    spec = KernelSpec(dtype="bfloat16", head_size=case.head_size, value_size=case.head_size, features=features)
+def workload_of(case: Case) -> Workload:
     band = None if case.left is None or case.right is None else case.left + case.right + 1
-    shape = Shape(group=case.heads // case.kv_heads, band=band)
-    return Kernel(spec=spec, config=choose(spec, CUDA_ARCHS["sm_90a"], shape))
+    named = {
+        Feature.TWO_SIDED: case.right != 0,
+        Feature.SINKS: case.sinks,
+        Feature.DECODE: case.query_count <= DECODING_QUERIES,
+    }
+    return Workload.of(
+        dtype=DType.BF16,
+        head_size=case.head_size,
+        value_size=case.head_size,
+        group=case.heads // case.kv_heads,
+        window=band,
+        length=case.keys,
+        features=frozenset(feature for feature, there in named.items() if there),
+    )
 
 
-def build_libraries(folder: Path, cases: Sequence[Case] = CASES) -> None:
-    """One kernel library a case, `<case>.so`; needs TVM and nvcc, no GPU."""
-    from swacompile.kernels.build_cuda import build_kernels
-    from swacompile.schedules.cuda.arch import CUDA_ARCHS
+def choice_of(case: Case, target: Target, database: "Database", *, device: str | None = None) -> "CudaKernelChoice":
+    """The kernel that `case` gets on `target`, with tuned tiles where the database has some."""
+    from swacompile.tuning.cuda_rule import default_kernel
+    from swacompile.tuning.kernel_choice import choose_cuda_kernels
 
+    workload = workload_of(case)
+    kernel = default_kernel(workload, target)
+    if kernel is None:
+        raise ValueError(f"{target.name} has no kernel for {workload}")
+    (choice,) = choose_cuda_kernels([kernel], [workload], target, database, device=device)
+    return choice
+
+
+def build_libraries(
+    folder: Path, cases: Sequence[Case], target: Target, database: "Database", *, device: str | None = None
+) -> dict[str, str]:
+    """One kernel library a case, `<case>.so`; needs TVM and nvcc, no GPU. By case, where the tiles come from."""
+    from swacompile.tuning.kernel_choice import build_cuda_choices
+
+    origins = {}
     for case in cases:
-        build_kernels([kernel_of(case)], CUDA_ARCHS["sm_90a"], folder / f"{case.name}.so")
+        choice = choice_of(case, target, database, device=device)
+        (built,) = build_cuda_choices([choice], target, folder / f"{case.name}.so")
+        origins[case.name] = str(built.choice)
+    return origins
 
 
-def run(folder: Path, cases: Sequence[Case], ceilings: Ceilings, *, runtime: Path | None = None) -> Iterator[Row]:
-    """Time `build_libraries`' kernels and their peers. `runtime`: where TVM's two runtime libraries lie, None for TVM's own."""
+def run(
+    folder: Path,
+    cases: Sequence[Case],
+    ceilings: Ceilings,
+    *,
+    runtime: Path | None = None,
+    contenders: Sequence[str] | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Iterator[Row]:
+    """Time `build_libraries`' kernels and their peers: those whose names hold one of `contenders`, or all.
+
+    `runtime`: where TVM's two runtime libraries lie, None for TVM's own.
+    """
     from swacompile.runtime.cuda.launch import Launcher
     from swacompile.runtime.cuda.library import CudaLibrary
 
     for case in cases:
         problem = Problem(case)
         library = CudaLibrary(folder / f"{case.name}.so", runtime=runtime)
-        yield problem.report("swacompile", ours(problem, Launcher(library), library.kernels[0]), ceilings)
+        runs = {OURS: ours(problem, Launcher(library), library.kernels[0])}
         for name, peer in peers(problem):
-            yield problem.report(name, peer, ceilings)
+            if contenders is None or any(part.lower() in name.lower() for part in contenders):
+                runs[name] = peer
+        tuning = (origins or {}).get(case.name, "")
+        for row in compare(problem, runs, ceilings):
+            yield replace(row, tuning=tuning) if row.peer == OURS else row
+
+
+def compare(problem: "Problem", runs: Mapping[str, Callable[[], Any]], ceilings: Ceilings) -> Iterator[Row]:
+    """Check each contender, then time those that are right in turns."""
+    rows = {name: problem.checked(name, run) for name, run in runs.items()}
+    right = [name for name, row in rows.items() if not row.failure]
+    times: dict[str, list[float]] = {name: [] for name in right}
+    for _ in range(ROUNDS):
+        for name in right:
+            times[name].append(time_ms(runs[name]))
+    for name, row in rows.items():
+        if row.failure:
+            yield row
+            continue
+        middle = median(times[name])
+        ratios = [a / b for a, b in zip(times[name], times.get(OURS, ()), strict=False)]
+        yield replace(
+            row,
+            milliseconds=middle,
+            ratio=median(ratios) if ratios else math.nan,
+            tflops=problem.case.flops / middle / 1e9,
+            floor_share=ceilings.floor_ms(problem.case) / middle,
+        )
 
 
 def measure_ceilings() -> Ceilings:
@@ -212,8 +283,8 @@ class Problem:
             outputs.append(torch.einsum("bhk,bhkd->bhd", weights, value))
         return torch.stack(outputs, 2)
 
-    def report(self, peer: str, run: Callable[[], Any], ceilings: Ceilings) -> Row:
-        """`run` returns the (B,H,S,D) output. A wrong result has no time."""
+    def checked(self, peer: str, run: Callable[[], Any]) -> Row:
+        """`run` returns the (B,H,S,D) output."""
         import torch
 
         try:
@@ -221,19 +292,9 @@ class Problem:
             torch.cuda.synchronize()
             got = output[:, :, self.rows].double()
             error = float((got - self.expected).norm() / self.expected.norm())
-            if not error < ROW_TOLERANCE:
-                return Row(case=self.case.name, peer=peer, error=error, failure="wrong result")
-            milliseconds = time_ms(run)
         except Exception as failure:  # A peer that refuses a case is a line of the table, whatever it raises.
             return Row(case=self.case.name, peer=peer, failure=f"{type(failure).__name__}: {failure}"[:200])
-        return Row(
-            case=self.case.name,
-            peer=peer,
-            milliseconds=milliseconds,
-            tflops=self.case.flops / milliseconds / 1e9,
-            floor_share=ceilings.floor_ms(self.case) / milliseconds,
-            error=error,
-        )
+        return Row(case=self.case.name, peer=peer, error=error, failure="" if error < ROW_TOLERANCE else "wrong result")
 
 
 def ours(problem: Problem, launcher: "Launcher", kernel: "Kernel") -> Callable[[], Any]:
