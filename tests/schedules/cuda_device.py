@@ -1,27 +1,37 @@
 """Checks CUDA kernels on a GPU against a float64 reference. Runs without TVM's compiler: `python cuda_device.py
-LIBRARY.so [RUNTIME_FOLDER]`.
+LIBRARY.so... [--runtime FOLDER]`.
 
 Inputs are fresh, everything around them and the outputs is poisoned with NaN, and a window that is off by one must be
-told from the right one.
+told from the right one. All cases run twice: on the GPU as it is, where each block takes a tile or two, and as if it
+had few multiprocessors and no cache, where each takes many tiles in several waves.
 """
 
+import argparse
 import itertools
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from swacompile.runtime.cuda.launch import UNBOUNDED, Extras, Launcher, Numbers
-from swacompile.runtime.cuda.library import CudaLibrary, Kernel
+from swacompile.runtime.cuda.library import CudaLibrary, Device, Kernel
 from swacompile.schedules.cuda.spec import DTYPES, Features
 
 # ||out - ref|| / ||ref||: half a unit in the last place of the output and as much of the weights.
 TOLERANCE = {"bf16": 4e-3, "f16": 6e-4, "tf32": 1e-3, "f32": 1e-5}
 LSE_TOLERANCE = 2e-3
 FAR = 1 << 28
+
+
+class CrowdedLibrary(CudaLibrary):
+    """As if the GPU were small."""
+
+    def check_device(self, index: int) -> Device:
+        return replace(super().check_device(index), multiprocessors=5, l2_bytes=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +153,8 @@ def check(launcher: Launcher, kernel: Kernel, case: Case) -> Outcome:
         tensors.append(view.copy_(torch.randn(shape, device="cuda")))
     output, whole = poisoned((b, h, case.queries, spec.value_size), dtype, case.layout)
     extras = draw_extras(kernel, case)
-    launcher(kernel, (*tensors, output), case.numbers, extras)
+    query, key, value = tensors
+    launcher(kernel, (query, key, value, output), case.numbers, extras)
     torch.cuda.synchronize()
     first = output.clone()
     problem = (
@@ -151,7 +162,7 @@ def check(launcher: Launcher, kernel: Kernel, case: Case) -> Outcome:
         if int(whole.isnan().sum()) == whole.numel() - output.numel()
         else "wrote outside the output, or left some of it, or NaN"
     )
-    launcher(kernel, (*tensors, output), case.numbers, extras)
+    launcher(kernel, (query, key, value, output), case.numbers, extras)
     torch.cuda.synchronize()
     if not torch.equal(first, output):
         problem = problem or "two runs differ"
@@ -199,15 +210,18 @@ def cases_for(kernel: Kernel) -> Iterator[Case]:
     # Some rows see no key at all.
     yield Case(kv_heads=3, group=1, queries=129, keys=64, numbers=replace(base, left=16, right=0), layout="BHSD")
     yield Case(kv_heads=1, group=4, queries=700, keys=640, numbers=replace(base, left=100, right=20, offset=-60))
+    # Many pairs of batch and head: many waves where the cache is small.
+    yield Case(batch=3, kv_heads=3, group=2, queries=400, keys=400, numbers=replace(base, left=300, right=0))
 
 
 def check_library(path: Path, runtime: Path | None = None) -> Iterator[Outcome]:
-    library = CudaLibrary(path, runtime=runtime)
-    launcher = Launcher(library)
-    for kernel in library.kernels:
+    libraries = [kind(path, runtime=runtime) for kind in (CudaLibrary, CrowdedLibrary)]
+    for kernel in libraries[0].kernels:
         torch.manual_seed(zlib.crc32(kernel.spec.symbol.encode()))
-        for case in cases_for(kernel):
-            yield check(launcher, kernel, case)
+        for library in libraries:
+            launcher = Launcher(library)
+            for case in cases_for(kernel):
+                yield check(launcher, kernel, case)
 
 
 def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
@@ -217,6 +231,7 @@ def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
     case = Case(kv_heads=2, group=2, queries=2048, keys=2048, numbers=Numbers(left=100, right=0, scale=0.1))
     spec, problems = kernel.spec, []
     dtype = getattr(torch, spec.dtype)
+    cuda: Any = torch.cuda
     query, fresh = (torch.randn(1, 4, 2048, spec.head_size, device="cuda").to(dtype) for _ in range(2))
     key = torch.randn(1, 2, 2048, spec.head_size, device="cuda").to(dtype)
     value = torch.randn(1, 2, 2048, spec.value_size, device="cuda").to(dtype)
@@ -229,9 +244,9 @@ def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
     plan()
     if torch.cuda.memory_stats()["allocation.all.allocated"] != before:
         problems.append("calling a plan allocates device memory")
-    stream = torch.cuda.Stream()
+    stream = cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
+        cuda._sleep(100_000_000)
         query.copy_(fresh)
         plan()
     torch.cuda.synchronize()
@@ -249,8 +264,7 @@ def check_launch(launcher: Launcher, kernel: Kernel) -> list[str]:
     return problems
 
 
-def main() -> int:
-    outcomes = list(check_library(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+def report(path: Path, outcomes: Sequence[Outcome]) -> None:
     for symbol, group in itertools.groupby(outcomes, key=lambda o: o.kernel):
         mine = list(group)
         bad = [o for o in mine if o.problem]
@@ -258,14 +272,27 @@ def main() -> int:
         closest = min(o.off_by_one for o in mine)
         lse = max(o.lse_error for o in mine)
         print(
-            f"{symbol}: {len(mine)} cases, {len(bad)} bad, error {worst:.2e}, lse {lse:.1e}, off by one {closest:.2e}"
+            f"{path.stem} {symbol}: {len(mine)} cases, {len(bad)} bad, error {worst:.2e}, lse {lse:.1e}, "
+            f"off by one {closest:.2e}"
         )
         for o in bad[:4]:
             print(f"  {o.problem}: {o.error:.3e} {o.lse_error:.2e} {o.case}")
-    library = CudaLibrary(Path(sys.argv[1]), runtime=Path(sys.argv[2]) if len(sys.argv) > 2 else None)
-    launch_problems = [(k.spec.symbol, p) for k in library.kernels[:2] for p in check_launch(Launcher(library), k)]
-    print("launch:", launch_problems or "graph, stream and allocation hold")
-    return int(any(o.problem for o in outcomes) or bool(launch_problems))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("libraries", nargs="+", type=Path)
+    parser.add_argument("--runtime", type=Path)
+    arguments = parser.parse_args()
+    failed = False
+    for path in arguments.libraries:
+        outcomes = list(check_library(path, arguments.runtime))
+        report(path, outcomes)
+        library = CudaLibrary(path, runtime=arguments.runtime)
+        problems = [(k.spec.symbol, p) for k in library.kernels[:2] for p in check_launch(Launcher(library), k)]
+        print(f"{path.stem} launch:", problems or "graph, stream and allocation hold")
+        failed = failed or bool(problems) or any(o.problem for o in outcomes)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 from swacompile.kernels.build_cuda import build_kernels
+from swacompile.report.bench_cuda import CASES, choice_of
 from swacompile.runtime.cuda.library import Kernel
 from swacompile.schedules.cuda.arch import CUDA_ARCHS
 from swacompile.schedules.cuda.choose import Shape, choose
 from swacompile.schedules.cuda.spec import Config, Features, KernelSpec, MmaConfig, WgmmaConfig
+from swacompile.target import target_named
+from swacompile.tuning.database import Database
 
 
 def kernel(
@@ -25,6 +28,12 @@ def default(head: int, value: int, shape: Shape, *features: str, dtype: str = "b
     """With the tiles that the rules for sm_90a choose."""
     spec = kernel(head, value, MmaConfig(keys_per_tile=16), *features, dtype=dtype).spec
     return Kernel(spec=spec, config=choose(spec, CUDA_ARCHS["sm_90a"], shape))
+
+
+def portable(head: int, value: int, shape: Shape, *features: str, dtype: str = "bfloat16") -> Kernel:
+    """For sm_90a, with the tiles that the rules for sm_86 choose."""
+    spec = kernel(head, value, MmaConfig(keys_per_tile=16), *features, dtype=dtype).spec
+    return Kernel(spec=spec, config=choose(spec, CUDA_ARCHS["sm_86"], shape))
 
 
 FEATURE_SETS = (
@@ -53,6 +62,9 @@ WGMMA_KERNELS = (
     default(192, 128, GROUP),
     default(256, 256, Shape(group=2)),
     default(256, 256, ANY, "bias", "key_padding"),
+    default(256, 256, Shape(group=2), "softcap"),
+    default(256, 256, ANY, "segments", "lse", dtype="float16"),
+    default(192, 192, GROUP, "chunked", "key_padding"),
     default(64, 64, Shape(group=8, band=128), "sinks"),
     default(64, 64, Shape(band=128), dtype="float16"),
     kernel(128, 64, WgmmaConfig(keys_per_tile=176, pack=2, polynomial_every=3)),
@@ -66,7 +78,9 @@ WGMMA_KERNELS = (
 MMA_KERNELS = (
     *(kernel(64, 64, PORTABLE, *features) for features in FEATURE_SETS),
     kernel(64, 64, MmaConfig(keys_per_tile=64, row_blocks=2, blocks_per_sm=2, pack=4)),
-    kernel(128, 128, MmaConfig(keys_per_tile=32, row_blocks=2), dtype="float16"),
+    portable(128, 128, ANY, dtype="float16"),
+    portable(128, 128, GROUP),
+    portable(96, 96, ANY, "sinks", "lse"),
     kernel(128, 64, MmaConfig(keys_per_tile=64, stages=3)),
     kernel(72, 40, PORTABLE),
     kernel(80, 80, PORTABLE),
@@ -90,10 +104,19 @@ FLOAT32_KERNELS = (
 FAMILIES = {"wgmma": WGMMA_KERNELS, "mma": MMA_KERNELS, "float32": FLOAT32_KERNELS}
 
 
+def benchmarked() -> dict[str, tuple[Kernel, ...]]:
+    """The default kernels of the benchmark's cases, each once, by the name of the first case that it serves."""
+    target, nothing = target_named("nvidia/nvidia-h100"), Database(folders=())
+    kernels: dict[Kernel, str] = {}
+    for case in CASES:
+        kernels.setdefault(choice_of(case, target, nothing).default, case.name)
+    return {name: (kernel,) for kernel, name in kernels.items()}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for family, kernels in FAMILIES.items():
+    for family, kernels in (FAMILIES | benchmarked()).items():
         built = build_kernels(kernels, CUDA_ARCHS["sm_90a"], folder / f"{family}.so")
         (folder / f"{family}.cubin").write_bytes(built.cubin)
         for report in built.reports:

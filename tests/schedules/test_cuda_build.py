@@ -28,8 +28,9 @@ MEANT_TEXT = {
 }
 
 
-def spec(size: int, dtype: str = "bfloat16", **features: bool) -> KernelSpec:
-    return KernelSpec(dtype=dtype, head_size=size, value_size=size, features=Features(**features))
+def spec(size: int, *features: str, dtype: str = "bfloat16") -> KernelSpec:
+    switched = Features(**dict.fromkeys(features, True))
+    return KernelSpec(dtype=dtype, head_size=size, value_size=size, features=switched)
 
 
 def build(specs: list[KernelSpec], arch: str, folder: Path, shape: Shape) -> BuiltLibrary:
@@ -57,16 +58,16 @@ def check(built: BuiltLibrary, family: str) -> None:
 def test_each_family_builds_for_each_architecture(arch: str, tmp_path: Path) -> None:
     specs = [
         spec(64),
-        spec(128, lse=True),
-        spec(80, "float16", sinks=True, key_padding=True),
-        spec(64, "float16", split=True),
+        spec(128, "lse"),
+        spec(80, "sinks", "key_padding", dtype="float16"),
+        spec(64, "split", dtype="float16"),
     ]
     check(build(specs, arch, tmp_path, Shape(group=4)), CUDA_ARCHS[arch].families[0])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
 def test_float32_is_multiplied_as_tf32(arch: str, tmp_path: Path) -> None:
-    specs = [spec(64, "float32"), KernelSpec(dtype="float32", head_size=128, value_size=128, tf32=True)]
+    specs = [spec(64, dtype="float32"), KernelSpec(dtype="float32", head_size=128, value_size=128, tf32=True)]
     built = build(specs, arch, tmp_path, Shape(group=4))
     check(built, "mma")
     assert "f32.tf32.tf32.f32" in built.source
@@ -75,9 +76,9 @@ def test_float32_is_multiplied_as_tf32(arch: str, tmp_path: Path) -> None:
 def test_every_feature_builds_for_hopper(tmp_path: Path) -> None:
     names = ("sinks", "softcap", "key_padding", "segments", "bias", "alibi", "chunked", "lse")
     specs = [
-        spec(64, **dict.fromkeys(names, True)),
-        spec(96, zeroed=True, key_padding=True),
-        spec(256, bias=True),
+        spec(64, *names),
+        spec(96, "zeroed", "key_padding"),
+        spec(256, "bias"),
         spec(256),
     ]
     check(build(specs, "sm_90a", tmp_path, Shape()), "wgmma")
@@ -145,6 +146,9 @@ FEATURES: tuple[tuple[str, ...], ...] = (
 @pytest.mark.cuda_matrix
 @pytest.mark.parametrize(("arch", "size"), list(itertools.product(CUDA_ARCHS, HEAD_SIZES)))
 def test_matrix(arch: str, size: int, tmp_path: Path) -> None:
-    specs = [spec(size, **dict.fromkeys(names, True)) for names in FEATURES] + [spec(size, "float16")]
-    check(build([spec(size, "float32"), spec(size, "float32", split=True)], arch, tmp_path, Shape(group=4)), "mma")
+    specs = [spec(size, *names) for names in FEATURES] + [spec(size, dtype="float16")]
+    check(
+        build([spec(size, dtype="float32"), spec(size, "split", dtype="float32")], arch, tmp_path, Shape(group=4)),
+        "mma",
+    )
     check(build(specs, arch, tmp_path, Shape(group=4)), CUDA_ARCHS[arch].families[0])

@@ -14,15 +14,16 @@ from swacompile.runtime.cuda.launch import Launcher  # noqa: E402
 from swacompile.runtime.cuda.library import CudaLibrary  # noqa: E402
 from swacompile.schedules.cuda.arch import CUDA_ARCHS  # noqa: E402
 from tests.schedules.cuda_device import check_launch, check_library  # noqa: E402
-from tests.schedules.cuda_kernels import FAMILIES  # noqa: E402
+from tests.schedules.cuda_kernels import FAMILIES, benchmarked  # noqa: E402
 
 pytestmark = pytest.mark.gpu
+LIBRARIES = FAMILIES | benchmarked()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=LIBRARIES)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("cuda") / f"{request.param}.so"
-    build_kernels(FAMILIES[request.param], CUDA_ARCHS["sm_90a"], path)
+    build_kernels(LIBRARIES[request.param], CUDA_ARCHS["sm_90a"], path)
     return path
 
 
