@@ -102,6 +102,9 @@ def build_host(compiler: str, work: Path) -> Path:
         "-ltorch_cpu",
         "-lc10",
         "-ldl",
+        "-Wl,--no-as-needed",  # nothing in the program names these
+        "-ltorch",
+        *(["-ltorch_cuda"] if torch.version.cuda else []),
     ]
     source = [str(EXAMPLE / "main.cc"), "-std=c++20", "-O2", *includes, *libraries]
     subprocess.run([compiler, *source, "-o", str(work / "host")], check=True, capture_output=True, timeout=300)

@@ -9,7 +9,7 @@
 //
 // inputs.pt is a list of tensors that torch.save wrote; outputs.pt is a tuple of tensors for torch.load.
 // The one thing that such a program must do is load libswacompile_torch.so from the compiled folder before the package: that registers
-// the operator, which takes its kernels from libswacompile_kernels.so beside it.
+// the operator, which takes its kernels from libswacompile_kernels.so or, on a GPU, libswacompile_cuda_*.so beside it.
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -46,17 +46,24 @@ void write_tensors(const std::string& path, const std::vector<at::Tensor>& tenso
   std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
+std::vector<at::Tensor> on(const std::string& device, std::vector<at::Tensor> tensors) {
+  for (at::Tensor& tensor : tensors) tensor = tensor.to(at::Device(device));
+  return tensors;
+}
+
 void run(const std::string& folder, const std::string& package, const std::string& inputs, const std::string& outputs) {
   void* const library = load_operator(folder);
   torch::inductor::AOTIModelPackageLoader model(package);
-  const std::vector<at::Tensor> given = read_tensors(inputs);
+  const std::string device = model.get_metadata().at("AOTI_DEVICE_KEY");
+  const std::vector<at::Tensor> given = on(device, read_tensors(inputs));
 
   const auto start = std::chrono::steady_clock::now();
-  const std::vector<at::Tensor> found = model.run(given);
+  const std::vector<at::Tensor> found = on("cpu", model.run(given));
   const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
 
   write_tensors(outputs, found);
-  const auto calls = reinterpret_cast<uint64_t (*)()>(dlsym(library, "swacompile_torch_call_count"));
+  const std::string counter = device == "cpu" ? "swacompile_torch_call_count" : "swacompile_torch_cuda_call_count";
+  const auto calls = reinterpret_cast<uint64_t (*)()>(dlsym(library, counter.c_str()));
   printf("%zu outputs, %.2f ms, kernel calls %llu\n", found.size(), taken.count(), static_cast<unsigned long long>(calls()));
 }
 

@@ -346,7 +346,7 @@ def test_damaged_files(tmp_path):
     _rewritten(path, lambda name, data: data.replace(b"ops.aten.scaled", b"ops.mine.scaled"))
     with pytest.raises(
         ModelError,
-        match=r"cannot be loaded \(.*mine.scaled.* uses custom operators of a package that must be imported first",
+        match=r"cannot be loaded \(.* uses custom operators of a package that must be imported first",
     ):
         read_pt2(path)
     _rewritten(path, lambda name, data: None if name.endswith("model.json") else data)

@@ -47,6 +47,8 @@ def compile_c(text: str, output: Path, *flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if torch.version.cuda is not None:
+        pytest.skip("a torch with CUDA has streams of its own, for which nothing can stand in")
     folder = tmp_path_factory.mktemp("cuda_host")
     for name, text in STAND_INS.items():
         compile_c(text, folder / name, "-shared", f"-Wl,-soname,{name}")
@@ -115,7 +117,7 @@ def test_descriptors_of_recurring_tensors_are_kept(report: dict[str, Any]) -> No
 
 def test_says_what_is_missing(report: dict[str, Any]) -> None:
     messages = report["messages"]
-    missing = "no CUDA kernel for float32, head sizes D={0}, V={0} on sm_90 is loaded: load a library"
+    missing = "no CUDA kernel for float32, head sizes D={0}, V={0} on sm_90 is loaded: load this library from"
     assert missing.format(16) in messages["early"]
     assert missing.format(12) in messages["head size"]
     assert "scale: expected more than 0 on CUDA, found -1" in messages["scale"]

@@ -1,8 +1,11 @@
 #include "cuda_kernels.h"
 
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdio>
 #include <deque>
+#include <filesystem>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -42,6 +45,28 @@ std::string text_of(const CudaNeed& need, const Gpu& gpu) {
          std::to_string(gpu.major) + std::to_string(gpu.minor);
 }
 
+void add(const char* path, const char* runtime_folder) {
+  load_tvm_runtime(runtime_folder);
+  const CudaLibrary& library = open_cuda_library(path);
+  const std::unique_lock<std::shared_mutex> lock(mutex);
+  libraries.push_front(&library);  // what was loaded last serves first
+}
+
+// The libraries of the compiled folder that this one lies in, for programs that load nothing else. False = there are none.
+bool add_from_own_folder() {
+  Dl_info own;
+  if (dladdr(reinterpret_cast<const void*>(&add_from_own_folder), &own) == 0) return false;
+  const std::filesystem::path folder = std::filesystem::absolute(own.dli_fname).parent_path();
+  bool added = false;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with("libswacompile_cuda_") || !name.ends_with(".so")) continue;
+    add(entry.path().c_str(), folder.c_str());
+    added = true;
+  }
+  return added;
+}
+
 }  // namespace
 
 const CudaKernel* loaded_cuda_kernel(const CudaNeed& need, const Gpu& gpu) {
@@ -59,7 +84,10 @@ const CudaKernel& find_cuda_kernel(const CudaNeed& need, const Gpu& gpu) {
   if (const CudaKernel* found = loaded_cuda_kernel(need, gpu)) return *found;
   const MissingCudaHandler handler = on_missing;
   if (handler == nullptr) {
-    throw std::runtime_error(text_of(need, gpu) + " is loaded: load a library with swacompile_torch_add_cuda_kernels first");
+    static const bool added = add_from_own_folder();
+    if (const CudaKernel* found = added ? loaded_cuda_kernel(need, gpu) : nullptr) return *found;
+    throw std::runtime_error(text_of(need, gpu) + " is loaded: load this library from a folder that swacompile compile wrote for this " +
+                             "model and GPU, or a library of kernels with swacompile_torch_add_cuda_kernels");
   }
   char message[longest_message] = "";
   if (handler(&need, gpu.major, gpu.minor, message, sizeof message) != 0) {
@@ -75,10 +103,7 @@ const CudaKernel& find_cuda_kernel(const CudaNeed& need, const Gpu& gpu) {
 // 0 = done; else `message`, of `size` bytes, says what went wrong.
 SWACOMPILE_EXPORT int swacompile_torch_add_cuda_kernels(const char* path, const char* runtime_folder, char* message, size_t size) {
   try {
-    swacompile::load_tvm_runtime(runtime_folder);
-    const swacompile::CudaLibrary& library = swacompile::open_cuda_library(path);
-    const std::unique_lock<std::shared_mutex> lock(swacompile::mutex);
-    swacompile::libraries.push_front(&library);  // what was loaded last serves first
+    swacompile::add(path, runtime_folder);
     return 0;
   } catch (const std::exception& error) {
     snprintf(message, size, "%s", error.what());
