@@ -64,10 +64,11 @@ def test_scale_and_softcap() -> None:
 
 
 def test_a_mask_operand_composes_with_the_window() -> None:
-    _, proof, _ = inspected("left_window_size = 3, is_causal = 1", inputs="bool[B,1,1,T] mask", more=", mask")
+    _, proof, planned = inspected("left_window_size = 3, is_causal = 1", inputs="bool[B,1,1,T] mask", more=", mask")
     assert isinstance(proof, BandProof)
     assert proof.mask == BandMask(left=3, right=0)
     assert [residual.kind for residual in proof.residuals] == [ResidualKind.KEY_PADDING]
+    assert isinstance(planned, Replacement) and planned.key_padding is not None and planned.key_padding.value == "mask"
 
 
 def test_a_float_mask_operand_is_a_bias() -> None:
@@ -77,7 +78,7 @@ def test_a_float_mask_operand_is_a_bias() -> None:
         BandMask(left=3, right=None),
         [ResidualKind.BIAS],
     )
-    assert isinstance(planned, Refutation) and planned.code == "bias"
+    assert isinstance(planned, Replacement) and planned.bias is not None and planned.bias.value == "mask"
 
 
 @pytest.mark.parametrize(("inputs", "more"), [

@@ -141,25 +141,27 @@ class Case:
             helper.make_tensor_value_info(
                 prefix + name,
                 helper.np_dtype_to_tensor_dtype(array.dtype),
-                self._symbols(name, array) if dynamic else array.shape,
+                self._symbols(name, array.shape) if dynamic else array.shape,
             )
             for name, array in self.operands.items()
         ]
 
     def output(self, *, dynamic: bool, name: str = "output") -> onnx.ValueInfoProto:
-        shape = self._symbols("output", self.expected) if dynamic else self.expected.shape
-        return helper.make_tensor_value_info(name, TENSOR_TYPES[self.dtype], shape)
+        shape = (*self.operands["query"].shape[:3], self.value_size)
+        return helper.make_tensor_value_info(
+            name, TENSOR_TYPES[self.dtype], self._symbols("output", shape) if dynamic else shape
+        )
 
-    def _symbols(self, name: str, array: Array) -> list[str | int]:
+    def _symbols(self, name: str, extents: tuple[int, ...]) -> list[str | int]:
         """Batch and lengths open, as exporters with dynamic shapes write them."""
-        shape: list[str | int] = list(array.shape)
+        shape: list[str | int] = list(extents)
         if name in ("query", "key", "value", "output"):
             length = 2 if self.layout == "BHSD" else 1
             shape[0], shape[length] = "batch", "queries" if name in ("query", "output") else "keys"
         elif name in ("key_padding", "segments"):
             shape = ["batch", "keys"]
         elif name == "bias":
-            shape[2:] = [1 if array.shape[2] == 1 else "queries", "keys"]
+            shape[2:] = [1 if extents[2] == 1 else "queries", "keys"]
         return shape
 
 
