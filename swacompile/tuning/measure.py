@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +26,8 @@ from swacompile.workload import Workload
 
 BUILD_SECONDS = 120.0
 RUN_SECONDS = 60.0
+PREPARED = 4
+"""Candidates for a GPU that get ready beside each other."""
 BUILD_COMMAND = python_module("swacompile.tuning.build_worker")
 
 
@@ -153,12 +155,19 @@ class Workbench(AbstractContextManager["Workbench"]):
 
 
 class LocalMeasurer:
-    """This machine. Candidates are built several at a time, then timed one at a time with nothing else running."""
+    """This machine. Candidates are built several at a time, then timed one at a time with nothing else running.
 
-    def __init__(self, bench: Workbench, *, threads: int = 1, run_seconds: float = RUN_SECONDS) -> None:
+    For a GPU `prepared` candidates get ready at once, as with a bundle's runner: its timing takes turns, and what the
+    CPU does beside it does not matter.
+    """
+
+    def __init__(
+        self, bench: Workbench, *, threads: int = 1, run_seconds: float = RUN_SECONDS, prepared: int | None = None
+    ) -> None:
         self._bench = bench
         self._threads = threads
         self._seconds = run_seconds
+        self._prepared = prepared or (PREPARED if bench.target.target_class is TargetClass.CUDA else 1)
         self._device = _device_of(bench.target)
 
     @property
@@ -173,15 +182,32 @@ class LocalMeasurer:
     def measure(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
         built = self._bench.build(candidates)
         yield from (failure for failure in built.values() if failure is not None)
+        runnable = [candidate for candidate, failure in built.items() if failure is None]
         with turn(self._bench.lock, alone=True):
-            for candidate, failure in built.items():
-                if failure is None:
-                    yield self._run(candidate, effort)
+            if self._prepared == 1:
+                yield from (self._run(candidate, effort) for candidate in runnable)
+            else:
+                yield from self._run_side_by_side(runnable, effort)
+
+    def _run_side_by_side(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
+        """What hung is run again alone: it may only have waited for another that did."""
+        again = []
+        with ThreadPoolExecutor(self._prepared) as pool:
+            running = [pool.submit(self._run, candidate, effort) for candidate in candidates]
+            try:
+                for future in as_completed(running):
+                    outcome = future.result()
+                    if outcome.status is Status.HUNG:
+                        again.append(outcome.candidate)
+                    else:
+                        yield outcome
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits only for what has begun
+        yield from (self._run(candidate, effort) for candidate in again)
 
     def _run(self, candidate: Candidate, effort: Effort) -> Outcome:
-        result = runner.run_contained(
-            self._bench.job(candidate, effort), self._bench.folder, threads=self._threads, seconds=self._seconds
-        )
+        job = self._bench.job(candidate, effort) | {"lock": str(self._bench.folder / "turns.lock")}
+        result = runner.run_contained(job, self._bench.folder, threads=self._threads, seconds=self._seconds)
         return outcome_of(candidate, result)
 
 

@@ -378,18 +378,31 @@ class _Session:
         todo = [turn for turn in turns if _key(turn[0]["record"]) not in done]
         results: list[list[Job]] = [[] for _ in todo]
         order = [(i, job) for round_ in zip(*todo, strict=True) for i, job in enumerate(round_)]
-        with self._out.open("a") as file, ThreadPoolExecutor(self._parallel) as pool:
-            running = {pool.submit(self._contained, job): i for i, job in order}
+        with self._out.open("a") as file:
+            for i, result in self._measured_side_by_side(order):
+                results[i].append(result)
+                if len(results[i]) == len(todo[i]):
+                    whole = sum(len(found) == len(turn) for found, turn in zip(results, todo, strict=True))
+                    print(f"{whole}/{len(todo)} {self._write(file, todo[i][0], results[i])}", flush=True)
+        return len(todo)
+
+    def _measured_side_by_side(self, order: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
+        """Results with the numbers of their jobs, as they come. What hung is run again alone: it may only have waited for
+        another that did.
+        """
+        again = []
+        with ThreadPoolExecutor(self._parallel) as pool:
+            running = {pool.submit(self._contained, job): (i, job) for i, job in order}
             try:
                 for future in as_completed(running):
-                    i = running[future]
-                    results[i].append(future.result())
-                    if len(results[i]) == len(todo[i]):
-                        whole = sum(len(found) == len(turn) for found, turn in zip(results, todo, strict=True))
-                        print(f"{whole}/{len(todo)} {self._write(file, todo[i][0], results[i])}", flush=True)
+                    i, job = running[future]
+                    if future.result()["status"] == "hung" and self._parallel > 1:
+                        again.append((i, job))
+                    else:
+                        yield i, future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
-        return len(todo)
+        yield from ((i, self._contained(job)) for i, job in again)
 
     def _write(self, file: TextIO, job: Job, results: list[Job]) -> str:
         """Write a record, and give what is shown of it."""

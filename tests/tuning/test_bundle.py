@@ -56,7 +56,7 @@ def test_route_without_a_compiler(bench, bare_python, tmp_path):
     with tarfile.open(tar) as opened:
         opened.extract(bundle.RUNNER_FILE, tmp_path, filter="data")
         assert all(entry.uname == "" and entry.mtime == 0 for entry in opened)
-    command = [bare_python, "-m", "swacompile_runner", tar, "-o", results, "--timeout", "4"]
+    command = [bare_python, "-m", "swacompile_runner", tar, "-o", results, "--timeout", "4", "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr
     with results.open("a") as file:

@@ -56,6 +56,22 @@ def test_every_failure_is_contained(bench):
     assert all((len(o.samples) == 3) == (o.status is Status.OK) for o in found.values())
 
 
+def test_candidates_get_ready_beside_each_other(bench):
+    """As for a GPU: no outcome is lost or taken for another's, and what hung is run again alone."""
+    expected = {
+        candidate(row_heads=6, row_keys=64): Status.HUNG,
+        candidate(row_heads=5, row_keys=64): Status.CRASHED,
+        candidate(row_heads=3, row_keys=64): Status.WRONG,
+        candidate(row_heads=8, row_keys=64): Status.BUILD_FAILED,
+        candidate(row_heads=1, row_keys=64): Status.OK,
+        candidate(row_heads=2, row_keys=64): Status.OK,
+    }
+    measurer = LocalMeasurer(bench, run_seconds=3, prepared=2)
+    found = [(outcome.candidate, outcome.status) for outcome in measurer.measure(list(expected), QUICK)]
+    assert dict(found) == expected and len(found) == len(expected)
+    assert found[-1] == next(iter(expected.items()))
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_window_off_by_one_is_wrong(bench, place, side):
