@@ -101,9 +101,12 @@ class Search:
             best = min(best, self._best())
 
     def _is_over(self) -> bool:
-        limits = self._limits
-        late = limits.seconds is not None and self._clock() - self._start > limits.seconds * (1 - FINAL_SHARE)
-        return self.tried >= limits.trials or (late and self.tried > 0)
+        return self.tried >= self._limits.trials or (self._spent(1 - FINAL_SHARE) and self.tried > 0)
+
+    def _spent(self, share: float) -> bool:
+        """Whether this share of the budget is spent."""
+        seconds = self._limits.seconds
+        return seconds is not None and self._clock() - self._start > seconds * share
 
     def _next_batch(self) -> list[Candidate]:
         room = min(BATCH, self._limits.trials - self.tried)
@@ -131,11 +134,15 @@ class Search:
             yield from (ring[place] for ring in rings if place < len(ring))
 
     def _final(self, final: Final) -> Iterator[tuple[Outcome, Effort]]:
-        """Candidates take turns within each of ROUNDS rounds, so that a slow moment does not hit one of them alone."""
+        """Candidates take turns within each of ROUNDS rounds, so that a slow moment does not hit one of them alone. Where the
+        budget is spent, a single round has to do.
+        """
         configs = dict.fromkeys((self._space.base, *self._ranked()[: final.keep]))
         candidates = [self._candidate(config) for config in configs if config in self._medians]
         gathered: dict[Candidate, list[Outcome]] = {candidate: [] for candidate in candidates}
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
+            if number > 0 and self._spent(1):
+                break
             for outcome in self._measure(candidates, final.effort):
                 gathered[outcome.candidate].append(outcome)
         for outcomes in gathered.values():

@@ -7,7 +7,7 @@ from swacompile.target import target_named
 from swacompile.tuning.cpu_rule import CpuTilesRule
 from swacompile.tuning.measure import Outcome
 from swacompile.tuning.record import Origin, Status
-from swacompile.tuning.search import FINALS, SCREEN, SEEDS, Limits, Search
+from swacompile.tuning.search import BATCH, FINALS, SCREEN, SEEDS, Limits, Search
 from swacompile.workload import Workload
 from tests.tuning.records import record
 
@@ -84,7 +84,13 @@ def test_trials_and_budget_are_kept():
     assert len(set((bench := Bench()).run(Limits(trials=10)) and bench.screened)) == 10
     bench = Bench(seconds=2.0)
     bench.run(Limits(trials=10_000, seconds=60, patience=10_000))
-    assert len(bench.screened) > 10 and bench.now < 60 + 45
+    assert len(bench.screened) > 10 and bench.now < 60 + 2 * BATCH + 15
+    bench = Bench(seconds=2.0)
+    outcomes = bench.run(Limits(trials=12, seconds=24))
+    assert [len(outcome.samples) for outcome, effort in outcomes if effort == FINALS[1].effort] == [
+        FINALS[1].effort.samples
+    ] * 3
+    assert bench.now < 24 + 24, "a spent budget leaves one round of each final"
 
 
 def test_stops_when_nothing_improves():
