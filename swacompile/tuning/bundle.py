@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swacompile.errors import ArgumentError, OutputError
+from swacompile.errors import ArgumentError, OutputError, ToolchainError
 from swacompile.target import Target, TargetClass
 from swacompile.tuning import runner, store
 from swacompile.tuning.config import Config
@@ -74,9 +74,13 @@ def export(candidates: Sequence[Candidate], bench: Workbench, out: Path) -> int:
     """Build candidates and write them with the runner and TVM's runtime libraries to a .tar, or a .tar.xz of a third of the size;
     gives the number that could be built.
 
-    Raises OutputError.
+    Raises OutputError, and ToolchainError where none could be built.
     """
-    built = [candidate for candidate, failure in bench.build(candidates).items() if failure is None]
+    outcomes = bench.build(candidates)
+    built = [candidate for candidate, failure in outcomes.items() if failure is None]
+    if not built:
+        why = next((failure.message for failure in outcomes.values() if failure is not None), "there are none")
+        raise ToolchainError(f"no candidate for {bench.target.name} could be built: {why}")
     folder, kind = bench.folder, bench.target.target_class
     jobs = [bench.job(candidate, EFFORT) | {"record": _template(candidate, bench)} for candidate in built]
     (folder / runner.MANIFEST).write_text(json.dumps({"format": runner.FORMAT, "jobs": jobs}, indent=1))

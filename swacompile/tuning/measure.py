@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from swacompile.errors import TargetError
-from swacompile.target import Target, TargetClass
+from swacompile.target import Target, TargetClass, host_targets
 from swacompile.tuning import runner
 from swacompile.tuning.config import Config
 from swacompile.tuning.problem import write_expected
@@ -168,7 +168,7 @@ class LocalMeasurer:
         self._threads = threads
         self._seconds = run_seconds
         self._prepared = prepared or (PREPARED if bench.target.target_class is TargetClass.CUDA else 1)
-        self._device = _device_of(bench.target)
+        self._device = device_here(bench.target)
 
     @property
     def target(self) -> Target:
@@ -228,14 +228,15 @@ def provenance_here(target: Target, *, device: str, threads: int, driver: str | 
     return Provenance(device=device, threads=threads, revision=revision_of(target), versions=versions, driver=driver)
 
 
-def _device_of(target: Target) -> tuple[str, str | None]:
-    """Name and driver of the device here. Raises TargetError where there is none of the target's kind."""
+def device_here(target: Target) -> tuple[str, str | None]:
+    """Name and driver of the device here that runs the target's kernels. Raises TargetError where there is none."""
+    elsewhere = "Or, to measure on another machine: --export-bundle work.tar, or --tracker and --key."
+    if target.target_class is TargetClass.CPU and target not in host_targets():
+        raise TargetError(f"this processor does not run kernels of {target.name}: choose another target. {elsewhere}")
     try:
         return runner.device_of(target.target_class)
     except SystemExit as error:
-        raise TargetError(
-            f"{error} Or build here and measure there: --export-bundle work.tar, or --tracker and --key."
-        ) from error
+        raise TargetError(f"{error} {elsewhere}") from error
 
 
 def revision_of(target: Target) -> str:

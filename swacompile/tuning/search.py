@@ -138,7 +138,7 @@ class Search:
         budget is spent, a single round has to do.
         """
         configs = dict.fromkeys((self._space.base, *self._ranked()[: final.keep]))
-        candidates = [self._candidate(config) for config in configs if config in self._medians]
+        candidates = [self._candidate(config) for config in configs if self._medians.get(config, math.inf) < math.inf]
         gathered: dict[Candidate, list[Outcome]] = {candidate: [] for candidate in candidates}
         for number in range(ROUNDS):
             if number > 0 and self._spent(1):

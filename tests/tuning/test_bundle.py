@@ -11,11 +11,12 @@ import numpy
 import pytest
 import tvm_ffi
 
-from swacompile.errors import ArgumentError
+from swacompile.errors import ArgumentError, ToolchainError
 from swacompile.target import host_targets, target_named
 from swacompile.tuning import bundle, runner
 from swacompile.tuning.cpu_rule import CpuTilesRule
 from swacompile.tuning.database import Database, Level
+from swacompile.tuning.measure import Candidate
 from swacompile.tuning.record import Origin, Status
 from swacompile.tuning.rules import rule_for
 from swacompile.workload import Workload
@@ -90,6 +91,14 @@ def test_candidates_are_the_default_what_was_best_and_what_is_near(tmp_path):
     near = {c for c in neighbours if sum(a != b for a, b in zip(c.values, base.values, strict=True)) == 1}
     assert 5 <= len(near) <= 8 and near < {candidate.config for candidate in picked}
     assert [candidate.config for candidate in bundle.pick(workload, target, database, trials=1)] == [base]
+
+
+def test_a_bundle_of_nothing_is_refused(bench, tmp_path):
+    config = CpuTilesRule().default(WORKLOAD, bench.target).replaced({"row_heads": 8, "row_keys": 64})
+    candidate = Candidate(workload=WORKLOAD, config=config, origin=Origin.SEARCH)
+    with pytest.raises(ToolchainError, match="could be built: ValueError: no such tile"):
+        bundle.export([candidate], bench, tmp_path / "work.tar")
+    assert not (tmp_path / "work.tar").exists()
 
 
 def test_another_format_is_refused(tmp_path):

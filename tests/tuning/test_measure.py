@@ -2,10 +2,11 @@
 
 import pytest
 
-from swacompile.target import TargetClass, host_targets
+from swacompile.errors import TargetError
+from swacompile.target import TARGETS, TargetClass, host_targets
 from swacompile.tuning import search
 from swacompile.tuning.database import Database
-from swacompile.tuning.measure import Candidate, Effort, LocalMeasurer
+from swacompile.tuning.measure import Candidate, Effort, LocalMeasurer, device_here
 from swacompile.tuning.problem import problems, write_expected
 from swacompile.tuning.record import Origin, Status
 from swacompile.tuning.rules import rule_for
@@ -114,6 +115,12 @@ def test_an_interrupt_keeps_what_was_measured(bench, tmp_path):
 
     tuned = tune(WORKLOAD, LocalMeasurer(bench, run_seconds=4), database, Limits(trials=12), stop)
     assert tuned.interrupted and tuned.records == tuple(seen)
+
+
+def test_targets_of_other_machines_are_refused():
+    elsewhere = next(t for t in TARGETS if t.target_class is TargetClass.CPU and t not in host_targets())
+    with pytest.raises(TargetError, match=f"does not run kernels of {elsewhere.name}.*--export-bundle"):
+        device_here(elsewhere)
 
 
 def test_every_feature_reaches_the_problems(tmp_path):

@@ -120,3 +120,6 @@ def test_broken_candidates_are_never_finalists():
     finals = [outcome for outcome, effort in outcomes if effort != SCREEN]
     assert finals and all(outcome.status is Status.OK for outcome in finals)
     assert any(outcome.status is not Status.OK for outcome, _ in outcomes)
+    bench = Bench(broken=lambda config: Status.WRONG if config == SPACE.base else None)
+    finals = [outcome.candidate for outcome, effort in bench.run(Limits(trials=12)) if effort != SCREEN]
+    assert finals and SPACE.base not in [candidate.config for candidate in finals], "nor is a broken default"
