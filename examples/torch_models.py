@@ -1,7 +1,8 @@
 """Layers of real sizes, exported, rewritten and timed: `python examples/torch_models.py mistral [--device cpu] [--kernels LIBRARY]`.
 
 Modelling code is transformers', weights are random bfloat16, two windowed layers. Prints for the program before and after, eager and
-with torch.compile: median time of a call, peak memory beside weights and inputs, and the time in attention's kernels.
+with torch.compile, and for torch.compile(model, backend="swacompile"): median time of a call, peak memory beside weights and inputs,
+and the time in attention's kernels.
 Without a GPU (`--device cpu`) sizes are small, to show the way only. `--kernels` loads a CUDA kernel library where TVM is not
 installed, with TVM's runtime beside it.
 """
@@ -180,6 +181,7 @@ def main() -> None:
             "after": after,
             "before, compiled": torch.compile(before),
             "after, compiled": torch.compile(after),
+            "the model itself": torch.compile(model, backend="swacompile"),
         }
         report = {}
         for name, run in runs.items():
