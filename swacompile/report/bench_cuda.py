@@ -1,4 +1,5 @@
-"""Times CUDA kernels beside their peers: SDPA with the dense mask, compiled flex_attention and cuDNN's band.
+"""Times CUDA kernels beside their peers: SDPA with the dense mask, compiled flex_attention, cuDNN's band and, where it is
+installed, FlashAttention 3's window.
 
 Every peer does the same work on the same inputs in the same process, checked on sampled rows against float64. A time
 is the median of launches with the L2 cache flushed before each (triton.testing.do_bench); all take turns for some
@@ -7,6 +8,7 @@ of a large matrix product and its bytes, each read or written once, over the mea
 """
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +34,8 @@ WARM_UP_MS = 50
 REPEAT_MS = 200
 ROUNDS = 5
 OURS = "swacompile"
+FLASH_3 = ("flash_attn_interface", "fa3_fwd_interface")
+"""Modules that offer it: its own and that of a package with the forward pass alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +336,9 @@ def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "sdpa flash backend", _deferred(lambda: _sdpa_flash(problem))
     if case.query_count > 1:
         yield "cudnn band", _deferred(lambda: _cudnn(problem))
+    flash_3 = next((name for name in FLASH_3 if importlib.util.find_spec(name)), None)
+    if flash_3 is not None:
+        yield "flash_attention 3", _deferred(lambda: _flash_3(problem, flash_3))
     yield "flex_attention", _deferred(lambda: _flex(problem))
 
 
@@ -394,6 +401,20 @@ def _sdpa_flash(problem: Problem) -> Callable[[], Any]:
     def run() -> Any:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
+
+    return run
+
+
+def _flash_3(problem: Problem, module: str) -> Callable[[], Any]:
+    """On (B,S,H,D) tensors, as it takes them."""
+    attention = importlib.import_module(module).flash_attn_func
+    case = problem.case
+    query, key, value = (t.transpose(1, 2) for t in (problem.query, problem.key, problem.value))
+    window = tuple(-1 if side is None else side for side in (case.left, case.right))
+
+    def run() -> Any:
+        output = attention(query, key, value, causal=case.right == 0, window_size=window)
+        return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
     return run
 
