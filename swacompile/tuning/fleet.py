@@ -26,8 +26,7 @@ WAIT_SECONDS = 120.0
 RETURN_SECONDS = 3.0
 """How long a server may be away from the tracker: it registers again when a kernel has crashed its session."""
 ATTEMPTS = 3
-"""Failed runs, each on a server that the tracker picks anew, before a candidate and not its server is blamed: servers must
-outlive a crash, as swacompile.tuning.rpc_server does."""
+"""Failed sessions, each on a server that the tracker picks anew, before a candidate and not its server is blamed."""
 
 
 class FleetMeasurer(AbstractContextManager["FleetMeasurer"]):

@@ -2,8 +2,9 @@
 
     python -m swacompile.tuning.rpc_server --tracker 127.0.0.1:9190 --key h100
 
-TVM's own server (python -m tvm.exec.rpc_server) stops listening when a kernel crashes its session's process; this one listens again. Like it,
-this one runs whatever it is sent, for anyone who reaches its port: use it on a loopback interface or a trusted, closed network only.
+It names its device, and measures candidates as this machine's tuner does: each in a process of its own. TVM's own server (python -m tvm.exec.rpc_server)
+calls kernels in its session and stops listening when one crashes it; this one listens again. Like it, this one runs whatever it is sent, for anyone who
+reaches its port: use it on a loopback interface or a trusted, closed network only.
 """
 
 import argparse
@@ -52,8 +53,8 @@ def serve(host: str, tracker: tuple[str, int], key: str) -> None:
 
 
 def _measure(text: str) -> str:
-    """A job's result, measured in a process of its own. A GPU's kernels are launched from here: over RPC TVM has neither
-    tensor maps nor CUDA graphs.
+    """A job's result, measured in a process of its own, so that times are those that a local run takes: over RPC TVM adds to
+    short calls, and has neither tensor maps nor CUDA graphs.
     """
     import tvm_ffi
 

@@ -112,6 +112,24 @@ def test_a_server_killed_in_mid_run_loses_nothing(bench, tracker, servers, tmp_p
     assert tuned.records == written(database)
     with FleetMeasurer(bench, tracker=("127.0.0.1", tracker), key=PLAIN_KEY, wait_seconds=60) as measurer:
         assert measurer.provenance.device == f"unknown device with key {PLAIN_KEY}"
+        outcomes = measurer.measure([good[0], wrong], Effort(rung=0, samples=3, min_ms=1))
+        assert {outcome.candidate: outcome.status for outcome in outcomes} == {good[0]: Status.OK, wrong: Status.WRONG}
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.1, Status.CRASHED), (20.0, Status.HUNG)])
+def test_a_kernel_that_breaks_every_session_is_at_fault(bench, seconds, status):
+    class Broken:
+        def ask(self, request, **_):
+            asked.append(request["do"])
+            if request["do"] == "open":
+                return {"message": "", "device": None}
+            return {"message": "gone", "status": "broken", "seconds": seconds}
+
+    asked = []
+    measurer = FleetMeasurer(bench, tracker=("127.0.0.1", 1), key=KEY, run_seconds=20)
+    outcome = measurer._run(Broken(), candidate(row_heads=1, row_keys=64), Effort(rung=0, samples=3, min_ms=1))
+    assert (outcome.status, outcome.message) == (status, "3 sessions: gone")
+    assert asked == ["open", "run"] * 3
 
 
 def test_unlike_servers_are_refused(bench):
