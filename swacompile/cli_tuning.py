@@ -30,7 +30,7 @@ INTERRUPTED = 130
 TYPICAL_BUILD_SECONDS = 4.0
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
-WIDE = 250  # columns where stdout is a file or a pipe: a Config is long
+WIDE = 300  # columns where stdout is a file or a pipe: a Config is long
 out, err = Console(width=None if sys.stdout.isatty() else WIDE), Console(stderr=True)
 
 What = Annotated[
@@ -189,12 +189,17 @@ class _Listener:
 def _dry_run(workloads: Sequence[Workload], target: Target, limits: Limits) -> None:
     table = Table("workload", "combinations", "possible", "default", "estimate")
     builders = os.cpu_count() or 1
+    spaces: dict[str, None] = {}
     for workload in workloads:
         space = rule_for(workload, target).space(workload, target)
-        possible = sum(1 for _ in space)
+        possible, exact = space.possible()
         seconds = min(min(limits.trials, possible) * (TYPICAL_BUILD_SECONDS / builders + 1), limits.seconds or 1e9)
-        table.add_row(str(workload), str(space.points), str(possible), str(space.base), f"at most {seconds:.0f} s")
+        shown = str(possible) if exact else f"about {possible}"
+        table.add_row(str(workload), str(space.points), shown, str(space.base), f"at most {seconds:.0f} s")
+        spaces[str(space)] = None
     out.print(table)
+    for text in spaces:
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 def _export(workloads: Sequence[Workload], target: Target, limits: Limits, database: Database, tar: Path) -> None:

@@ -1,8 +1,7 @@
 """Measure on other machines through TVM's RPC tracker: built here, timed there, on all servers of a key at once.
 
-TVM's RPC protocol runs whatever it is sent, for anyone who reaches the port: trackers and servers belong on a
-loopback interface or on a
-trusted, closed network.
+TVM's RPC protocol runs whatever it is sent, for anyone who reaches the port: trackers and servers belong on a loopback
+interface or on a trusted, closed network.
 """
 
 import queue

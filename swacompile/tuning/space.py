@@ -12,8 +12,10 @@ from swacompile.target import Target
 from swacompile.tuning.config import Config
 from swacompile.workload import Workload
 
-ATTEMPTS = 200
-"""Draws after which sampling gives up looking for a point that is new and possible."""
+ATTEMPTS = 5000
+"""Draws after which sampling gives up looking for a point that is new and possible: one in 300 may be."""
+MOST_LISTED = 200_000
+"""Points of a space that is gone through one by one where that is needed: seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,19 @@ class Space:
         """Number of combinations, possible or not."""
         return math.prod(len(parameter.values) for parameter in self.parameters)
 
+    def __str__(self) -> str:
+        """Rule, parameters and their values."""
+        axes = (f"{axis.name}={'|'.join(map(str, axis.values))}" for axis in self.parameters)
+        return f"{self.base.rule}:{','.join(axes)}"
+
+    def possible(self) -> tuple[int, bool]:
+        """How many combinations can be built, and whether that is exact: of a large space a sample tells."""
+        if self.points <= MOST_LISTED:
+            return sum(1 for _ in self), True
+        rng = random.Random(0)
+        found = sum(self.refusal(self._drawn(rng)) is None for _ in range(ATTEMPTS))
+        return round(self.points * found / ATTEMPTS), False
+
     def __iter__(self) -> Iterator[Config]:
         """Every possible Config."""
         names = [parameter.name for parameter in self.parameters]
@@ -56,11 +71,14 @@ class Space:
     def sample(self, rng: random.Random, seen: set[Config]) -> Config | None:
         """A possible Config not in `seen`; None where none is left or none was found."""
         for _ in range(ATTEMPTS):
-            drawn = {parameter.name: rng.choice(parameter.values) for parameter in self.parameters}
-            config = self.base.replaced(drawn)
+            config = self._drawn(rng)
             if config not in seen and self.refusal(config) is None:
                 return config
-        return next((config for config in self if config not in seen), None)
+        rest = self if self.points <= MOST_LISTED else ()
+        return next((config for config in rest if config not in seen), None)
+
+    def _drawn(self, rng: random.Random) -> Config:
+        return self.base.replaced({parameter.name: rng.choice(parameter.values) for parameter in self.parameters})
 
     def neighbours(self, config: Config) -> Iterator[Config]:
         """Possible Configs one step away along one axis, or along two at once: limits often couple two axes."""

@@ -21,7 +21,8 @@ def test_dry_run_builds_nothing(run_cli, tmp_path):
         "tune", "f32-d64-v64-g4-w128-n4096", "--target", "x86_64_v4", "--dry-run", "--records", tmp_path / "r"
     )
     assert result.code == 0
-    assert "100800" in result.out and "cpu_tiles:queries=" in result.out and "at most" in result.out
+    assert "100800" in result.out and "13376" in result.out and "at most" in result.out
+    assert "cpu_tiles:queries=16|32|48|" in result.out and ",score_vectors=1|2|3|4," in result.out
     assert not (tmp_path / "r").exists()
 
 

@@ -1,5 +1,6 @@
 """The CUDA rules: spaces within the limits, Configs that are the family's dataclass, builds that do not spill."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from swacompile.tuning.config import Config
 from swacompile.tuning.cuda_rule import CudaTilesRule, config_of, cuda_config, refuse, spec_of
 from swacompile.tuning.rules import rule_for
 from swacompile.tuning.shapes import MODELS
+from swacompile.tuning.space import MOST_LISTED
 from swacompile.workload import DType, Workload
 
 H100 = target_named("nvidia_h100")
@@ -30,6 +32,19 @@ def test_spaces_hold_the_default_and_its_neighbours(target):
             tiles = cuda_config(config)
             assert config_of(tiles) == config
             assert tiles.shared_bytes(spec_of(workload)) <= target.cuda.shared_per_block
+
+
+def test_a_large_space_is_sampled():
+    workload = Workload.parse("bf16-d256-v256-g2-w4096-n4096-softcap")
+    space = rule_for(workload, H100).space(workload, H100)
+    possible, exact = space.possible()
+    assert space.points > MOST_LISTED and not exact and 0.001 < possible / space.points < 0.01
+    seen, rng = set(), random.Random(0)
+    for _ in range(5):
+        config = space.sample(rng, seen)
+        assert config is not None and space.refusal(config) is None
+        seen.add(config)
+    assert len(seen) == 5
 
 
 def test_families_follow_the_architecture():
