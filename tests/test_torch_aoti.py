@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.cpu]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "aoti_cpp"
 FRESH = """
 import sys, torch, swacompile, swacompile.torch
+import torch._inductor.codecache  # torch 2.10 forgets it
 folder, package, given, found = sys.argv[1:]
 swacompile.torch.add_kernels(folder + "/libswacompile_kernels.so")
 model = torch._inductor.aoti_load_package(package)

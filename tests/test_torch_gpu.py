@@ -32,6 +32,7 @@ FRESH = """
 import sys
 sys.modules.update(dict.fromkeys(("tvm", "tvm_ffi")))  # as if they were not installed
 import torch, swacompile, swacompile.torch
+import torch._inductor.codecache  # torch 2.10 forgets it
 folder, package, given, found = sys.argv[1:]
 model = swacompile.load(folder)
 if package:

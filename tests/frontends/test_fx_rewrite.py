@@ -82,7 +82,7 @@ def inputs(length: int = LENGTH, dtype: torch.dtype = torch.float32) -> tuple[to
 def export(
     module: torch.nn.Module, *, strict: bool = False, core: bool = False, dtype: torch.dtype = torch.float32
 ) -> Program:
-    axes = {0: torch.export.Dim.STATIC, 1: torch.export.Dim("length", min=3, max=4096)}
+    axes = {0: torch.export.Dim.STATIC, 1: torch.export.Dim.DYNAMIC(min=3, max=4096)}
     program = torch.export.export(module, inputs(dtype=dtype), dynamic_shapes=(axes, axes), strict=strict)
     return program.run_decompositions() if core else program
 
@@ -173,7 +173,7 @@ def test_source_is_not_changed() -> None:
 def test_exports_again_and_keeps_the_operator() -> None:
     program = swacompile.rewrite(export(Layer())).program
     assert targets(program.run_decompositions()).count(OPERATOR) == 1
-    axes = {0: torch.export.Dim.STATIC, 1: torch.export.Dim("length", min=3, max=4096)}
+    axes = {0: torch.export.Dim.STATIC, 1: torch.export.Dim.DYNAMIC(min=3, max=4096)}
     again = torch.export.export(program.module(), inputs(), dynamic_shapes=(axes, axes))
     assert targets(again).count(OPERATOR) == 1
     assert difference(program.module(), again.module(), inputs(OTHER_LENGTH)) == 0.0
