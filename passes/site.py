@@ -30,11 +30,12 @@ from swacompile.index_expr import (
     walk,
 )
 from swacompile.passes.binary_padding import integers_that_hide
-from swacompile.passes.index_tensor import IndexTensor, equality_text, substitute_sizes
+from swacompile.passes.index_tensor import IndexTensor, substitute_sizes
 from swacompile.passes.logits import HUGE, Case
 from swacompile.passes.packed_positions import with_indices_for_positions
 from swacompile.passes.read_masks import Reading
 from swacompile.passes.residuals import factor_out, run_time_data
+from swacompile.passes.size_conditions import simplest
 from swacompile.passes.smt import is_possible
 from swacompile.passes.trace import Source, trace
 
@@ -159,12 +160,17 @@ def same_place(found: Expr, expected: Expr) -> bool:
 # -------------------------------------------------------------------------------------------------------- operands
 
 
-def place_operand(reading: Reading, axes: Axes, value: str, indices: Index, role: str) -> Placed:
-    """The tensor furthest up that the product reads element by element, in a known order of axes; one of four axes where there is one."""
+def place_operand(
+    reading: Reading, axes: Axes, value: str, indices: Index, role: str, *, narrow: str | None = None
+) -> Placed:
+    """The tensor furthest up that the product reads element by element, in a known order of axes; one of four axes where there is one.
+
+    `narrow`: a data type from which the product's may have been widened: numbers are the same.
+    """
     resolved = tuple(reading.sizes.resolve(i) for i in indices)
     sequence = axes.query if role == "query" else axes.key
     best: dict[tuple[Layout, bool], Placed] = {}
-    for source in trace(reading, value, resolved):
+    for source in trace(reading, value, resolved, narrow=narrow):
         producer = reading.graph.producers.get(source.value)
         if producer is not None and producer.attrs.get("made"):
             continue
@@ -240,7 +246,7 @@ def attention(
         merged_output=output.merged, output_layout=output.layout, flat_output=output.flat, axes=axes, visible=visible, zeroed=refined(zeroed), heads=heads, kv_heads=found.key.heads,
         head_size=const_int(resolve(found.query.tensor.shape[-1])), value_head_size=const_int(resolve(found.value.tensor.shape[-1])),
         dtype=dtypes.pop(), scale=scale * found.query.scale * found.key.scale, softcap=softcap, sinks=sinks, masked_rows=masked_rows,
-        assumptions=tuple(sorted(equality_text(gone, stays) for gone, stays in assumed)), bias=None if bias is None else refined(bias),
+        assumptions=tuple(sorted(simplest(gone, stays)[1] for gone, stays in assumed)), bias=None if bias is None else refined(bias),
     )  # fmt: skip
 
 

@@ -315,6 +315,7 @@ def _site(reading: Reading, node: Node, form: _Form, weights: Weights) -> Attent
 def _operands(reading: Reading, form: _Form, value: str, at_value: Index) -> Operands:
     ops = reading.operands(form.score)
     sides = (0, 1) if form.keys_right else (1, 0)
+    placed_value = place_operand(reading, form.axes, value, at_value, "value")
     found = {}
     for role, side in (("query", sides[0]), ("key", sides[1])):
         operand = ops.tensor(side)
@@ -322,10 +323,9 @@ def _operands(reading: Reading, form: _Form, value: str, at_value: Index) -> Ope
         row = form.at_score[-2 if side == 0 else -1]
         inner = (row, depth) if side == 0 else (depth, row)
         at = (*broadcast_index(form.at_score[:-2], operand.shape[:-2]), *inner)
-        found[role] = place_operand(reading, form.axes, operand.name, at, role)
-    return Operands(
-        query=found["query"], key=found["key"], value=place_operand(reading, form.axes, value, at_value, "value")
-    )
+        # Scores are sums in float32 in any case: those of widened queries and keys are what the operator computes.
+        found[role] = place_operand(reading, form.axes, operand.name, at, role, narrow=placed_value.tensor.dtype)
+    return Operands(query=found["query"], key=found["key"], value=placed_value)
 
 
 def _weights_index(reading: Reading, softmax: Node, form: _Form, weights: Weights) -> tuple[Index, Expr, bool]:

@@ -18,18 +18,25 @@ class Source:
     scale: float
 
 
-def trace(reading: Reading, value: str, indices: Index) -> Iterator[Source]:
-    """The value itself, then the tensors that it is a view or a constant multiple of, nearest first."""
+WIDENED = {"float16": "float32", "bfloat16": "float32"}
+"""Casts that keep every number."""
+
+
+def trace(reading: Reading, value: str, indices: Index, *, narrow: str | None = None) -> Iterator[Source]:
+    """The value itself, then the tensors that it is a view or a constant multiple of, nearest first.
+
+    `narrow`: a data type whose numbers may have been widened on the way.
+    """
     source = Source(value=value, indices=indices, scale=1.0)
     while source.value in reading.tensors:
         yield source
-        above = _step(reading, source)
+        above = _step(reading, source, narrow)
         if above is None:
             return
         source = above
 
 
-def _step(reading: Reading, source: Source) -> Source | None:
+def _step(reading: Reading, source: Source, narrow: str | None) -> Source | None:
     node = reading.graph.producers.get(source.value)
     if node is None:
         return None
@@ -39,13 +46,17 @@ def _step(reading: Reading, source: Source) -> Source | None:
             _, index_map = INDEX_MAPS[node.op](ops)
             above = tuple(reading.sizes.resolve(i) for i in index_map(source.indices))
             return Source(value=node.inputs[0], indices=above, scale=source.scale)
-        if node.op == "cast" and ops.tensor(0).dtype == ops.dtype:
+        if node.op == "cast" and _keeps(ops.tensor(0).dtype, ops.dtype, narrow):
             return Source(value=node.inputs[0], indices=source.indices, scale=source.scale)
         if node.op in ("mul", "div"):
             return _scaled(source, node.op, ops.tensor(0), ops.tensor(1))
     except Unreadable:
         return None
     return None
+
+
+def _keeps(before: str, after: str | None, narrow: str | None) -> bool:
+    return before == after or (before == narrow and WIDENED.get(before) == after)
 
 
 def _scaled(source: Source, op: str, left: IndexTensor, right: IndexTensor) -> Source | None:
