@@ -33,8 +33,9 @@ from swacompile.index_expr import (
     substitute,
     walk,
 )
-from swacompile.passes.index_tensor import IndexTensor, equality_text
+from swacompile.passes.index_tensor import IndexTensor
 from swacompile.passes.read_masks import Reading
+from swacompile.passes.size_conditions import simplest
 from swacompile.passes.smt import is_valid
 
 
@@ -216,8 +217,8 @@ class _Bound:
             solved = {symbol: self.reading.sizes.resolve(symbol) for symbol in symbols}
             if all(node in self.actual for end in solved.values() for node in walk(end) if node.op is Op.SYMBOL):
                 here = {symbol: substitute(end, self.actual) for symbol, end in solved.items()}
-                gone, stays = substitute(gone, here), substitute(stays, here)
-                yield Guard(condition=eq(gone, stays), words=equality_text(gone, stays))
+                condition, words = simplest(substitute(gone, here), substitute(stays, here))
+                yield Guard(condition=condition, words=words)
 
 
 def _limits(sizes: _Bound, proof: BandProof) -> Iterator[Guard]:

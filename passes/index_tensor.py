@@ -201,15 +201,6 @@ class Sizes:
         return tuple((gone, stays) for gone, stays in refined if gone != stays)
 
 
-def equality_text(gone: Expr, stays: Expr) -> str:
-    """An equality of sizes for people: that a length cut off at a limit is itself says that it is within the limit."""
-    if gone.op is Op.ITE and stays in gone.args[1:]:
-        (limit,) = (branch for branch in gone.args[1:] if branch != stays)
-        if minimum(stays, limit) == gone or minimum(limit, stays) == gone:
-            return f"{stays} <= {limit}"
-    return f"{gone} == {stays}"
-
-
 def substitute_sizes(expr: Expr, sizes: dict[Expr, Expr]) -> Expr:
     """Replace sizes everywhere, also in the extents that bound indices."""
 
