@@ -18,7 +18,7 @@ lint: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev,torch,examples]'
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -c constraints.txt -e '.[dev,torch,examples]'
 	touch $@
 
 N ?= 100000

@@ -110,6 +110,8 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
             os.replace(fresh, out)
     except Abandoned:
         return
+    except OutputError as error:  # of a file in the folder
+        raise OutputError(str(error).replace(str(fresh), str(out))) from error
     except OSError as error:
         raise OutputError(
             f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path."

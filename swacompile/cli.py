@@ -1,8 +1,9 @@
-"""The command line. Every command is a thin layer over one Python function of the same name."""
+"""The command line. Every command is a thin layer over Python functions; `inspect`, `rewrite` and `compile` over those of the same name."""
 
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -169,6 +170,8 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point: a user's mistake becomes one message on stderr and exit code 2."""
+    # torch's own classes, when a program is copied. Nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     try:
         app()
     except SwacompileError as error:

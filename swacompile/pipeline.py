@@ -20,7 +20,7 @@ from swacompile.passes.plan_rewrite import Replacement, plan_rewrite
 from swacompile.passes.prove_band import Prover
 from swacompile.passes.read_masks import Reading, read_masks
 from swacompile.report.findings import as_json
-from swacompile.target import Target, TargetClass, host_targets
+from swacompile.target import Target, TargetClass, host_targets, refuse_other_machines
 from swacompile.tuning.database import Choice, Database
 from swacompile.tuning.kernel_choice import KernelChoice, choose_cpu_kernels
 from swacompile.tuning.shapes import workloads_of
@@ -80,19 +80,20 @@ class Compiled:
     choices: tuple[Choice, ...]
 
 
-def inspect(model: Path) -> Inspection:
+def inspect(model: str | Path) -> Inspection:
     """Find the attentions of an exported model and prove their windows. Nothing is changed.
 
     Raises ModelError.
     """
+    model = Path(model)
     source = read(model)
     reading = read_masks(source.graph)
     return Inspection(model=model, findings=find(reading))
 
 
 def rewrite(
-    model: "Path | ExportedProgram | GraphModule",
-    out: Path | None = None,
+    model: "str | Path | ExportedProgram | GraphModule",
+    out: str | Path | None = None,
     *,
     emit: Emit = Emit.BANDED,
     full: bool = False,
@@ -103,6 +104,8 @@ def rewrite(
     A torch program may be given as an object: the new one is the result's `program`, and `out` may be left out.
     The source is never changed; an existing output is replaced only with `force`. Raises ModelError, OutputError, ArgumentError.
     """
+    model = Path(model) if isinstance(model, str) else model
+    out = Path(out) if isinstance(out, str) else out
     if not isinstance(model, Path) or model.suffix == ".pt2":
         if emit is not Emit.BANDED:
             raise ArgumentError(
@@ -112,11 +115,11 @@ def rewrite(
         from swacompile import torch_pipeline
 
         return torch_pipeline.rewrite(model, out, full=full, force=force)
-    from swacompile.frontends.onnx_splice import refuse_existing, save
+    from swacompile.frontends.onnx_splice import check_output, save
 
     if out is None:
         raise ArgumentError("expected a path to write the ONNX model to, found none: give `out`.")
-    refuse_existing(out, force=force)
+    check_output(out, force=force)
     source, _, outcomes = _spliced(model, emit, full=full)
     done = Rewrite(model=model, out=out, outcomes=outcomes)
     if not done.replaced:
@@ -126,7 +129,7 @@ def rewrite(
 
 
 def compile(
-    model: Path, out: Path, *, targets: Sequence[Target] = (), database: Database | None = None, full: bool = False, force: bool = False,
+    model: str | Path, out: str | Path, *, targets: Sequence[Target] = (), database: Database | None = None, full: bool = False, force: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Compiled:  # fmt: skip
     """Write a folder with the rewritten model, a kernel library and a manifest; nothing where no attention is replaced.
@@ -135,6 +138,8 @@ def compile(
     those shipped with swacompile by default; `progress` hears of each step.
     Raises ModelError, OutputError, TargetError, ToolchainError.
     """
+    model, out = Path(model), Path(out)
+    refuse_other_machines(targets)
     if model.suffix == ".pt2":
         require_torch(model)
         from swacompile import torch_pipeline
@@ -288,7 +293,10 @@ def read_onnx(model: Path) -> OnnxModel:
     from swacompile.frontends import onnx
 
     if model.suffix != ".onnx":
-        raise ModelError(f"{model}: expected a .onnx or a .pt2 file, found suffix {model.suffix!r}.")
+        found = f"suffix {model.suffix!r}" if model.is_file() else "a folder" if model.is_dir() else "nothing"
+        raise ModelError(
+            f"{model}: expected a .onnx or a .pt2 file, found {found}. Give the path of an exported model."
+        )
     return onnx.read(model)
 
 

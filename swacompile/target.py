@@ -225,15 +225,30 @@ def host_targets() -> tuple[Target, ...]:
     return found
 
 
+def refuse_other_machines(targets: Iterable[Target]) -> None:
+    """Raises TargetError where a CPU row is for another instruction set than this machine's, whose C++ compiler links the kernels."""
+    here = _spelled(platform.machine())
+    for target in targets:
+        if target.machine not in (None, here):
+            raise TargetError(
+                f"expected a target of this machine's instruction set, {here}, found {target.name} ({target.machine}): kernels are linked by "
+                "this machine's C++ compiler. Compile the model on a machine of that kind, or name another target."
+            )
+
+
 def matching_targets(machine: str, flags: Iterable[str]) -> tuple[Target, ...]:
     """CPU rows for an instruction set and its features, best first."""
     present = frozenset(flags)
-    spelled = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    spelled = _spelled(machine)
     return tuple(
         target
         for target in TARGETS
         if target.target_class is TargetClass.CPU and target.machine == spelled and target.flags <= present
     )
+
+
+def _spelled(machine: str) -> str:
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 def cpu_flags(info: Path = CPU_INFO) -> frozenset[str]:

@@ -36,9 +36,13 @@ def test_folder(run_cli, tmp_path):
     assert_refused(run_cli("inspect", tmp_path / "dir.onnx"), "found a folder")
 
 
-def test_unknown_suffix(run_cli, tmp_path):
+def test_unknown_suffix(run_cli, good, tmp_path):
     (tmp_path / "model.txt").write_text("x")
     assert_refused(run_cli("inspect", tmp_path / "model.txt"), "'.txt'")
+    assert_refused(run_cli("inspect", tmp_path / "model"), "found nothing")
+    assert_refused(run_cli("inspect", tmp_path), "found a folder")
+    assert_refused(run_cli("rewrite", good, "-o", tmp_path / "out.pt2"), "ends in .onnx")
+    assert not (tmp_path / "out.pt2").exists()
 
 
 def test_not_onnx(run_cli, tmp_path):
@@ -136,6 +140,32 @@ def test_full_disk(good, tmp_path):
     assert "could not be written" in limited.stderr
     assert listing(tmp_path) == before
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_full_disk_while_compiling(good, tmp_path):
+    """The message names what the user named. The library does not fit."""
+    before = listing(tmp_path)
+    limited = subprocess.run(
+        [sys.executable, "-m", "swacompile", "compile", str(good), "-o", str(tmp_path / "out.swa")],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)), check=False,
+    )  # fmt: skip
+    assert limited.returncode == 2, limited.stderr
+    assert f"{tmp_path / 'out.swa' / 'model.onnx'}: could not be written" in limited.stderr
+    assert listing(tmp_path) == before
+
+
+def test_output_is_a_folder(run_cli, good, tmp_path):
+    folder = tmp_path / "out.onnx"
+    folder.mkdir()
+    for force in ([], ["--force"]):
+        assert_refused(run_cli("rewrite", good, "-o", folder, *force), "found a folder")
+
+
+def test_target_of_another_machine(run_cli, good, tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    result = run_cli("compile", good, "-o", tmp_path / "out.swa", "--target", "aarch64_neon")
+    assert_refused(result, "x86_64, found aarch64_neon", "Compile the model on a machine of that kind")
+    assert not (tmp_path / "out.swa").exists()
 
 
 def test_foreign_folder_is_not_replaced(run_cli, good, tmp_path):

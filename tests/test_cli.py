@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import swacompile
 from tests import models
 
 DOCUMENT_KEYS = {
@@ -68,6 +69,12 @@ def test_help_has_an_example(run_cli, command):
     result = run_cli(command, "--help")
     assert result.code == 0
     assert f"swacompile {command} " in result.out and "Example" in result.out
+
+
+def test_functions_take_paths_as_text(tmp_path):
+    source, out = models.save(models.causal_window(3), tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    assert len(swacompile.inspect(str(source)).findings) == 1
+    assert swacompile.rewrite(str(source), str(out)).out == out and out.is_file()
 
 
 def test_source_is_untouched(run_cli, tmp_path):

@@ -158,11 +158,9 @@ def save(source: OnnxModel, out: Path, *, force: bool) -> None:
 
     Raises OutputError where the output exists and not `force`, or cannot be written; nothing is left half-written.
     """
-    refuse_existing(out, force=force)
+    check_output(out, force=force)
     if out.exists() and out.samefile(source.path):
         raise OutputError(f"{out}: the output is the model itself. Give another path.")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: the folder {out.parent} does not exist. Create it first.")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
             _carry_data(source, out.parent, Path(aside), force=force)
@@ -172,6 +170,17 @@ def save(source: OnnxModel, out: Path, *, force: bool) -> None:
         raise OutputError(
             f"{out}: could not be written ({error.strerror or error}). Nothing was changed; free space or choose another path."
         ) from error
+
+
+def check_output(out: Path, *, force: bool) -> None:
+    """Raises OutputError where an ONNX model cannot or must not be written to this path."""
+    if out.suffix != ".onnx":
+        raise OutputError(f"{out}: expected a path that ends in .onnx, as the rewritten model is an ONNX file.")
+    if out.is_dir():
+        raise OutputError(f"{out}: expected the path of a file to write, found a folder. Give another path.")
+    refuse_existing(out, force=force)
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: the folder {out.parent} does not exist. Create it first.")
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
