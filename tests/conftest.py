@@ -2,16 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from swacompile import cli, pipeline
+from swacompile.kernels import build
 from swacompile.kernels.build import KernelVariant
 from swacompile.runtime.ort_library import call_count
-from swacompile.target import host_targets
+from swacompile.target import Target, host_targets
 from swacompile.workload import DType
 
 
@@ -46,6 +48,25 @@ def corpus() -> Path:
 def corpus_folder() -> Path:
     named = os.environ.get("SWACOMPILE_CORPUS")
     return Path(named) if named else Path(__file__).parent / "data" / "corpus"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """A kernel that several tests build goes through the compiler once."""
+    known: dict[tuple[Any, str], Any] = {}
+    compile_module = build._compile
+
+    def remembered(module: Any, target: Target) -> Any:
+        from tvm_ffi import StructuralKey
+
+        key = (StructuralKey(module), target.name)
+        if key not in known:
+            known[key] = compile_module(module, target)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_compile", remembered)
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Operands of rewritten ONNX attentions beside query, key and value: the library and the portable body against the source model."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +18,7 @@ from tests.tolerances import HALF_MODEL_ATOL, MODEL_ATOL
 
 pytestmark = pytest.mark.cpu
 WINDOWS = (1, TILE - 1, TILE, TILE + 1, LENGTH - 1, LENGTH, LENGTH + 1)
+SOME_WINDOWS = (1, TILE, LENGTH + 1)
 LONGEST = 2 * LENGTH
 DIMS = "batch,2,length,8"
 
@@ -103,10 +106,15 @@ def assert_another_window_differs(source: Path, out: Path, feeds: dict[str, np.n
         assert np.abs(run(out, feeds, form) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("bias", BIASES)
-def test_bias(bias: str, window: int, tmp_path, cpu_library):
-    before, inputs, shape = BIASES[bias]
+def spellings(names: Iterable[str], whole: Collection[str]) -> Any:
+    """Each spelling, those of `whole` with all windows."""
+    cases = [(name, window) for name in names for window in (WINDOWS if name in whole else SOME_WINDOWS)]
+    return pytest.mark.parametrize(("spelling", "window"), cases)
+
+
+@spellings(BIASES, ("of everything", "of keys"))
+def test_bias(spelling: str, window: int, tmp_path, cpu_library):
+    before, inputs, shape = BIASES[spelling]
     source = save(tmp_path, window, before, inputs)
     out, replaced = rewritten(source)
     assert replaced.bias is not None and replaced.left_window_size == window - 1
@@ -120,10 +128,9 @@ def test_bias(bias: str, window: int, tmp_path, cpu_library):
         assert_another_window_differs(source, out, feeds, cpu_library)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("alibi", ALIBI)
-def test_alibi(alibi: str, window: int, tmp_path, cpu_library):
-    before, stored, inputs = ALIBI[alibi]
+@spellings(ALIBI, ("stored",))
+def test_alibi(spelling: str, window: int, tmp_path, cpu_library):
+    before, stored, inputs = ALIBI[spelling]
     source = save(tmp_path, window, before, inputs, stored)
     out, replaced = rewritten(source)
     assert replaced.alibi_slopes is not None
@@ -245,11 +252,10 @@ PADDINGS = {
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_padding(padding: str, window: int, batch: int, tmp_path, cpu_library):
+@spellings(PADDINGS, ("four axes",))
+def test_padding(spelling: str, window: int, batch: int, tmp_path, cpu_library):
     """Padding as encoders get it. A batch of 1 of it goes to all of the queries."""
-    before, inputs, between = PADDINGS[padding]
+    before, inputs, between = PADDINGS[spelling]
     model = models.windowed(before + PADDED, inputs=f"{three(DIMS)}, {inputs}", out_dims=DIMS, window=window)
     source = models.save(model, tmp_path / "model.onnx")
     out, replaced = rewritten(source)
@@ -300,11 +306,10 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("position", POSITIONS)
-def test_offset(position: str, window: int, tmp_path, cpu_library):
+@spellings(POSITIONS, ("one of an axis",))
+def test_offset(spelling: str, window: int, tmp_path, cpu_library):
     """Decoding into a static cache."""
-    declared, place, given = POSITIONS[position]
+    declared, place, given = POSITIONS[spelling]
     text = DECODE.format(position=declared, place=place, window=window)
     source = models.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
     out, replaced = rewritten(source)
