@@ -20,7 +20,7 @@ import swacompile  # noqa: E402
 import swacompile.torch as swacompile_torch  # noqa: E402
 from swacompile.runtime.cpp import find_compiler  # noqa: E402
 from swacompile.target import cuda_target  # noqa: E402
-from tests.runtime.test_torch_op_cuda_program import Layers, exported  # noqa: E402
+from tests.runtime.test_torch_op_cuda_program import Layers  # noqa: E402
 from tests.test_torch_aoti import build_host  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
@@ -104,7 +104,9 @@ def test_gradients_through_torch_compile() -> None:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A program that was exported on the CPU, compiled for this GPU only."""
     folder = tmp_path_factory.mktemp("gpu")
-    torch.export.save(exported(layers(), DTYPE), folder / "layers.pt2")
+    length = torch.export.Dim.DYNAMIC(min=2)
+    program = torch.export.export(layers(), (inputs(LENGTHS[0]),), dynamic_shapes=({1: length},))
+    torch.export.save(program, folder / "layers.pt2")
     target = cuda_target(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     swacompile.compile(folder / "layers.pt2", folder / "layers.swa", targets=[target])
     yield folder / "layers.swa"
