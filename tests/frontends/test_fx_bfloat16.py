@@ -40,7 +40,7 @@ def gpt_oss() -> "torch.nn.Module":
     config = transformers.GptOssConfig(
         hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, num_hidden_layers=2, sliding_window=6, layer_types=["sliding_attention", "full_attention"], vocab_size=TOKENS,
-        pad_token_id=0, attn_implementation="eager",
+        pad_token_id=0, attn_implementation="eager", experts_implementation="batched_mm",
     )  # fmt: skip
     model = transformers.GptOssModel(config)
     for layer in model.layers:
