@@ -20,6 +20,7 @@ from swacompile.schedules.cuda.problem import Operands, Rows, Sizes, Tile
 from swacompile.schedules.cuda.scores import Finish, OnlineSoftmax, Scores, store_float32, store_output
 from swacompile.schedules.cuda.spec import ELEMENT_BYTES, KernelSpec, WgmmaConfig
 from swacompile.schedules.cuda.trace import (
+    FULL_WARP,
     LOG2_E,
     PTX_TYPE,
     Registers,
@@ -415,11 +416,16 @@ class Consumer:
                 self._turn("arrive", mod(self._index + distance, consumers))
 
     def _next_tile(self) -> Any:
-        """Waits for its queries, too."""
+        """Waits for its queries, too. The lane that reads is the one that gives the queries back, so that the producer
+        never writes before.
+        """
         memory = self._body.memory
         barrier = fixed(self._queries.slot[0] * self._body.config.consumers + self._index)
         wait(memory.query_full, barrier, self._queries.phase[0])
-        return memory.tile[barrier]
+        number = scalar(T.int32(NO_TILE))
+        with When(self._body.lane == 0):
+            number[0] = memory.tile[barrier]
+        return T.tvm_warp_shuffle(T.uint32(FULL_WARP), number[0], 0, 32, 32)
 
     def _tile(self, tile: Tile) -> None:
         body = self._body
