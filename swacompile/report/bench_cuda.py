@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 ROW_TOLERANCE = 1e-2
 MASK_BYTES_LIMIT = 40e9
+EAGER_BLOCK_MASK_CELLS = 1 << 30
+"""Above it flex_attention's block mask is compiled: without, its cells and their indices are held in memory; with, Triton
+takes up to a minute for it, and for some lengths more than anyone waits.
+"""
 DECODING_QUERIES = 16
 WARM_UP_MS = 50
 REPEAT_MS = 200
@@ -368,7 +372,12 @@ def _flex(problem: Problem) -> Callable[[], Any]:
         inside = k - q - offset <= (case.keys if right is None else right)
         return inside & (q + offset - k <= (case.keys if left is None else left))
 
-    mask = create_block_mask(visible, None, None, case.query_count, case.keys, device="cuda", _compile=True)
+    build = (
+        create_block_mask
+        if case.query_count * case.keys <= EAGER_BLOCK_MASK_CELLS
+        else torch.compile(create_block_mask)
+    )
+    mask = build(visible, None, None, case.query_count, case.keys, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
     query, key, value = _contiguous(problem)
     return lambda: compiled(query, key, value, block_mask=mask, enable_gqa=case.heads != case.kv_heads)
