@@ -12,8 +12,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from math import prod
 
 from swacompile.attention import Attention, Axes, BandProof, Kind, Limits, Refutation, Residual, ResidualKind, Witness
 from swacompile.band import BandMask
@@ -22,24 +20,18 @@ from swacompile.index_expr import (
     MAX_SIZE,
     TRUE,
     Expr,
-    NotInteger,
     Op,
     and_,
     const_int,
-    const_real,
-    eq,
     ideal,
     integer,
     le,
-    not_,
     or_,
-    real,
-    real_mul,
     sub,
     substitute,
-    to_integer,
     walk,
 )
+from swacompile.passes.alibi import slope_of
 from swacompile.passes.arrays import PREFIX, ArrayReader
 from swacompile.passes.binary_padding import binary_data, binary_padding
 from swacompile.passes.classify_mask import Pattern, patterns
@@ -47,7 +39,7 @@ from swacompile.passes.compare_cells import NoGrid, cells_of, compare_cells
 from swacompile.passes.moved_band import at_every_position, moved_band
 from swacompile.passes.probe_band import candidate_bands, claim_of
 from swacompile.passes.residuals import factor_out, run_time_data
-from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_possible, is_valid, uses_machine_numbers
+from swacompile.passes.smt import Undecided, Untranslatable, always_equal, is_possible, uses_machine_numbers
 from swacompile.passes.verdict import Verdict
 
 # Sizes up to which a proof may be limited: no attention of more keys than that has been run densely.
@@ -162,39 +154,6 @@ def _added(bias: Expr, site: Attention) -> Residual:
         condition=TRUE,
         data=bias if slope is None else slope,
     )
-
-
-def slope_of(bias: Expr, visible: Expr, axes: Axes) -> Expr | None:
-    """The factor a of bias = a * (key - something that is the same for the whole row), where `a` depends on the head alone.
-
-    What is the same for a whole row does not change a softmax. The equality is needed where a key is visible only.
-    """
-    moving = {axes.batch, axes.query, axes.key}
-    factors = tuple(_factors(bias))
-    fixed = [factor for factor in factors if not moving & set(walk(factor))]
-    distances = [factor for factor in factors if factor not in fixed]
-    numbers = [number for factor in fixed if (number := const_real(factor)) is not None]
-    slope = reduce(real_mul, (factor for factor in fixed if const_real(factor) is None), real(1.0))
-    for distance in distances if len(distances) == 1 else ():
-        if axes.key not in walk(distance):
-            continue
-        try:
-            steps = to_integer(ideal(distance))
-        except NotInteger:
-            continue
-        for sign, ahead in ((1.0, sub(axes.key, axes.query)), (-1.0, sub(axes.query, axes.key))):
-            same_row = axes.key not in walk(sub(steps, ahead))
-            if same_row or is_valid(or_(not_(visible), eq(steps, ahead))):
-                return real_mul(slope, real(sign * prod(numbers)))
-    return None
-
-
-def _factors(product: Expr) -> Iterator[Expr]:
-    if product.op is not Op.REAL_MUL:
-        yield product
-        return
-    for part in product.args:
-        yield from _factors(part)
 
 
 def _other_kind_at_a_position(site: Attention) -> Verdict | None:

@@ -20,7 +20,9 @@ from swacompile.index_expr import (
     wrapped_range,
 )
 
-TIMEOUT_MS = 10_000
+WORK = 50_000_000
+"""What one question may cost, in z3's units: 5 to 15 seconds of a processor. A verdict so does not depend on how busy the machine is."""
+LONGEST_MS = 300_000  # whatever it costs
 
 
 class Undecided(Exception):
@@ -129,8 +131,7 @@ def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: i
     shown, claimed = translate(a), translate(b)
     for symbol in (axes.batch, axes.head, axes.query, axes.key):
         translate(symbol)
-    solver = z3.SolverFor("ALL")
-    solver.set("timeout", TIMEOUT_MS)
+    solver = _limited(z3.SolverFor("ALL"))
     solver.add(translate(given), translate(axes.given), *translate.bounds, shown != claimed)
     verdict = solver.check()
     if verdict == z3.unsat:
@@ -138,6 +139,12 @@ def always_equal(a: Expr, b: Expr, axes: Axes, *, given: Expr = TRUE, largest: i
     if verdict == z3.unknown:
         raise Undecided(solver.reason_unknown())
     return _witness(solver.model(), translate, shown, axes)
+
+
+def _limited(solver: z3.Solver) -> z3.Solver:
+    solver.set("rlimit", WORK)
+    solver.set("timeout", LONGEST_MS)
+    return solver
 
 
 def _witness(model: z3.ModelRef, translate: Translation, shown: z3.ExprRef, axes: Axes) -> Witness:
@@ -159,8 +166,7 @@ def is_valid(condition: Expr) -> bool:
         claim = translate(condition)
     except Untranslatable:
         return False
-    solver = z3.Solver()
-    solver.set("timeout", TIMEOUT_MS)
+    solver = _limited(z3.Solver())
     solver.add(*translate.bounds, z3.Not(claim))
     return bool(solver.check() == z3.unsat)
 

@@ -140,6 +140,13 @@ def test_alibi(spelling: str, window: int, tmp_path, cpu_library):
         assert_another_window_differs(source, out, feeds, cpu_library)
 
 
+def test_distances_that_wrap_around_are_no_slopes(tmp_path):
+    """In int8, from 128 keys on. The product as it is remains a bias."""
+    before = "distance = Sub(k, q)\n  narrow = Cast<to = 3>(distance)\n  distance_float = Cast<to = 1>(narrow)\n  added = Mul(slopes, distance_float)\n  "
+    _, replaced = rewritten(save(tmp_path, 200, before, "", ALIBI["stored"][1]))
+    assert replaced.alibi_slopes is None and replaced.bias is not None and replaced.bias.value == "added"
+
+
 def test_a_stored_bias(tmp_path, cpu_library):
     """A table of weights, longer than the sequence."""
     model = models.windowed(CUT + ADD, inputs=three(DIMS), out_dims=DIMS, window=9)

@@ -7,6 +7,7 @@ import pytest
 
 from swacompile.attention import BandProof, Kind, Refutation, ResidualKind
 from swacompile.band import Alignment, BandMask
+from swacompile.passes import smt
 from swacompile.passes.prove_band import Prover
 from tests.passes.masks import MaskModel, band_cells, site_of, verdict_on
 
@@ -532,6 +533,13 @@ def test_rows_of_an_array_for_the_last_queries() -> None:
     assert isinstance(proof, BandProof)
     assert proof.mask == BandMask(left=5, right=0, alignment=Alignment.BOTTOM_RIGHT)
     assert "T <= 64" in proof.valid_for
+
+
+def test_a_solver_that_may_not_work_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smt, "WORK", 1)
+    refusal = verdict_on(model(CAUSAL_BAND + "seen = Identity(band)", constants=W4))
+    assert isinstance(refusal, Refutation)
+    assert refusal.code == "undecided" and "resource limit" in refusal.reason
 
 
 # ---------------------------------------------------------------------------------------------------------- valid_for
