@@ -81,13 +81,17 @@ def test_takes_any_strides() -> None:
     assert error_of(run(case, strided), case) < TOLERANCE[case.dtype]
 
 
-def test_nothing_but_the_output_is_allocated() -> None:
-    case = HALF["BSHD"]
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [(PLAIN.but(name="many rows", dtype="float16", queries=500, keys=500, left=3), 1), (DECODE, 2)],
+    ids=["many rows", "decode"],
+)
+def test_nothing_but_output_and_shares_is_allocated(case: Case, count: int) -> None:
     given = on_gpu(case)
     call(case, given)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     call(case, given)
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + 1
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before + count
 
 
 def test_runs_on_the_current_stream() -> None:
