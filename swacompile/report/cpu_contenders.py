@@ -204,8 +204,12 @@ def ort_attention(problem: Problem) -> Run:
         "scale": case.scale,
         "softcap": case.softcap,
     }
-    node = _node("Attention", ["query", "key", "value"], attributes=attributes)
-    return _run_model(problem, [node], problem.operands, {"": 25})
+    # The number of valid keys: with it, the last query stands at the last key.
+    counts = {} if case.queries == case.keys else {"counts": np.asarray([case.keys])}
+    node = _node(
+        "Attention", ["query", "key", "value", *(["", "", "", *counts] if counts else [])], attributes=attributes
+    )
+    return _run_model(problem, [node], problem.operands | counts, {"": 25})
 
 
 def torch_sdpa(problem: Problem) -> Run:

@@ -110,7 +110,7 @@ def test_contenders_compute_the_cases() -> None:
     cases = {
         replace(plain, softcap=5.0, padded=True): {"ORT dense", "ORT GQA"},
         replace(plain, sinks=True): {"ORT dense", "ORT GQA"},
-        replace(plain, queries=1): {"ORT dense", "torch SDPA + mask", "torch chunked"},
+        replace(plain, queries=1): {"ORT dense", "torch SDPA + mask", "torch chunked", "ORT Attention-25"},
         replace(plain, right=3): {"ORT dense", "torch SDPA + mask", "torch chunked"},
     }
     rows = list(bench(list(cases), seconds=0, contenders=[peer for peer in PEERS if peer.name != "flex_attention"]))
