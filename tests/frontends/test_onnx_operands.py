@@ -192,6 +192,35 @@ def test_a_bias_may_hide(tmp_path, cpu_library):
         assert expected[1, :, -4:].any() and not found[1, :, -4:].any()
 
 
+CHOSEN = """full_shape = Concat<axis = 0>(batch_1, one_1, length_1, length_1)
+  wide = Expand(added, full_shape)
+  both = Where(seen, wide, hidden)
+  kt = Transpose<perm = [0, 1, 3, 2]>(key)
+  product = MatMul(query, kt)
+  scores = Mul(product, scale)
+  masked = Add(scores, both)
+  weights = Softmax<axis = -1>(masked)
+  out = MatMul(weights, value)"""
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_mask_of_keys_is_chosen_within_the_window(window: int, tmp_path, cpu_library):
+    """As encoders do it: the finished mask of keys, expanded, and the lowest number outside of the window. 0 and the lowest number in it."""
+    before = "batch = Gather(shape, zero)\n  batch_1 = Unsqueeze(batch, first)\n  one_1 = Unsqueeze(one, first)\n  length_1 = Unsqueeze(length, first)\n  "
+    model = models.windowed(
+        before + CHOSEN, inputs=three(DIMS) + ", float[batch,1,1,length] added", out_dims=DIMS, window=window
+    )
+    source = models.save(model, tmp_path / "model.onnx")
+    out, replaced = rewritten(source)
+    assert replaced.bias is not None and replaced.bias.value == "added"
+    added = np.where(random((2, 1, 1, LENGTH), 5) < 1, 0, np.finfo(np.float32).min).astype(np.float32)
+    added[..., :: max(window, 1)] = 0  # so that a query of every window sees a key
+    feeds = qkv() | {"added": added}
+    assert_same(source, out, feeds, cpu_library)
+    if window <= LENGTH - 2:
+        assert_another_window_differs(source, out, feeds, cpu_library)
+
+
 def test_a_bias_of_another_length_stops(tmp_path, cpu_library):
     """Where the source would broadcast a row, the rewritten model says what it expects."""
     source = save(tmp_path, 9, "", "float[batch,2,length,length] added")
