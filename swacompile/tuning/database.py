@@ -94,8 +94,8 @@ class Database:
         """The best known Config: of this workload, of the nearest of its class, of a target of the same architecture,
         or the default.
 
-        A record whose Config the rule refuses for this workload is passed over. `device` prefers records of that
-        device. Records of earlier kernel sources step back behind today's of the same workload from a sibling of the
+        A record whose Config the rule refuses for this workload is passed over, and so is one of a workload with another
+        default: that its Config is better there says nothing here. `device` prefers records of that device. Records of earlier kernel sources step back behind today's of the same workload from a sibling of the
         target. One that was compared with another default than today's counts only if its gain was large: where such
         records are all that there is of this workload, the default is today's.
         """
@@ -103,7 +103,9 @@ class Database:
 
         def usable(record: TuningRecord) -> bool:
             config = rule.completed(record.config)
-            return record.status is Status.OK and config is not None and space.refusal(config) is None
+            if record.status is not Status.OK or config is None or space.refusal(config) is not None:
+                return False
+            return rule.default(record.workload, target) == space.base
 
         for level, candidates in self._levels(rule, workload, target):
             good = list(filter(usable, candidates))

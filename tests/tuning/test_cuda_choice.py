@@ -101,6 +101,19 @@ def test_another_kernel_s_records_are_no_guess(database):
     assert database.choose(RULE, Workload.parse(f"{SHORT}-sinks"), A100).level is Level.NEAREST
 
 
+def test_a_neighbour_with_another_default_is_no_guess(database):
+    """A short band has tiles of its own: those of a long one, tuned or not, were up to 1.8 times slower on an H200."""
+    h200, rule = target_named("nvidia_h200"), CudaTilesRule(name="wgmma")
+    short, long = (Workload.parse(f"f16-d64-v64-g8-{window}-n32768") for window in ("w128", "w32768"))
+    assert rule.default(short, h200) != rule.default(long, h200)
+    today = replace(HERE, revision=rule.revision())
+    tuned = rule.default(long, h200).replaced({"query_steps": 2})
+    database.add([measured(1.0, tuned, workload=long, provenance=today, target="nvidia_h200")])
+    assert database.choose(rule, short, h200).level is Level.DEFAULT
+    other = Workload.parse("f16-d64-v64-g8-w32768-n16384")
+    assert database.choose(rule, other, h200).config == tuned
+
+
 @pytest.mark.cpu
 def test_tiles_that_spill_are_left_for_the_default(database, tmp_path, caplog):
     pytest.importorskip("tvm")
