@@ -132,7 +132,7 @@ def wgmma_packed_64(spec: KernelSpec, shape: Shape) -> Config | None:
         value_stages=3,
         pack=shape.pack,
         overlap=True,
-        query_steps=4,
+        query_steps=2,
         tail_keys=64,
         stage_output=True,
     )
