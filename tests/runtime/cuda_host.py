@@ -83,10 +83,13 @@ def main() -> None:
         output = call(PLAIN, given)
         described.append((kernels.stand_in_describes(), output.data_ptr()))
         del output  # its memory is free for the next
+    far = PLAIN.but(offset=1 << 29)
     messages = {
         "early": early,
         "head size": message(PLAIN, {name: torch.ones(1, 1, 8, 12) for name in ("query", "key", "value")}),
         "scale": message(PLAIN.but(scale=-1.0), given),
+        "offset": message(far.but(left=-1), tensors(far)),
+        "closed": message(far.but(left=1 << 28), tensors(far)),
     }
     report = {
         "errors": found,

@@ -121,6 +121,8 @@ def test_says_what_is_missing(report: dict[str, Any]) -> None:
     assert missing.format(16) in messages["early"]
     assert missing.format(12) in messages["head size"]
     assert "scale: expected more than 0 on CUDA, found -1" in messages["scale"]
+    assert messages["offset"].endswith("where the window is open to that side, found an offset of 536870912")
+    assert messages["closed"] == "no error", "no query of these sees a key"
 
 
 def test_architectures_of_gpus() -> None:

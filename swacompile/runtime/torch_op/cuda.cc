@@ -205,6 +205,16 @@ class Launch {
     return std::max<int64_t>(1, std::min(room, ceil_div(keys_of_tile(kernel), kernel.keys_per_tile) / 2));
   }
 
+  // Kernels take a side of 2^29 for one without end: what they compare with it must be nearer.
+  int64_t offset() const {
+    const int64_t found = offset_of(is_, with_);
+    const int64_t open = side(found > 0 ? with_.left : with_.right);
+    const int64_t farthest = std::abs(found) + (found > 0 ? is_.query.size(2) : is_.key.size(2));
+    TORCH_CHECK(open <= longest || farthest <= longest, name, ": operand offset: expected less than 2^29 positions between a ",
+                "query and a key on CUDA where the window is open to that side, found an offset of ", found);
+    return found;
+  }
+
   // Keys that one tile of queries touches at most.
   int64_t keys_of_tile(const CudaKernel& kernel) const {
     return std::min(is_.key.size(2), side(with_.left) + side(with_.right) + kernel.positions);
@@ -253,7 +263,7 @@ class Launch {
     arguments.tensor(target).tensor(lse_).tensor(key_padding_).tensor(segments_).tensor(sinks_).tensor(bias_);
     arguments.tensor(alibi_slopes_).tensor(value_sum_);
     arguments.integer(is_.key.size(1)).integer(is_.key.size(2)).integer(side(with_.left)).integer(side(with_.right));
-    arguments.integer(offset_of(is_, with_)).integer(std::max<int64_t>(with_.chunk_size, 1)).integer(shares_);
+    arguments.integer(offset()).integer(std::max<int64_t>(with_.chunk_size, 1)).integer(shares_);
     arguments.integer(heads_per_wave()).integer(int64_t{gpu_.multiprocessors} * kernel_->blocks_per_sm);
     arguments.real(with_.scale).real(with_.softcap).call(kernel_->launch);
   }
