@@ -230,7 +230,7 @@ def _import(results: Path, database: Database, chart: Path | None) -> None:
 
 
 def _workloads(text: str) -> tuple[Workload, ...]:
-    if Path(text).is_file():
+    if Path(text).exists():
         from swacompile.tuning.shapes import workloads_of_model
 
         return workloads_of_model(Path(text))

@@ -37,6 +37,7 @@ def test_a_model_gives_all_its_workloads(run_cli, corpus):
     [
         (["nonsense"], "not a workload"),
         (["missing.onnx"], "there is no such model file"),
+        (["/"], "expected a .onnx or a .pt2 file, found a folder"),
         ([], "nothing to tune"),
         ([WORKLOAD, "--budget", "soon"], "not a time: 'soon'"),
         ([WORKLOAD, "--tracker", "127.0.0.1:1"], "--tracker and --key belong together"),
