@@ -129,13 +129,17 @@ def test_missing_output_folder(run_cli, good, tmp_path):
     assert_refused(run_cli("rewrite", good, "-o", tmp_path / "no" / "out.onnx"), "does not exist")
 
 
+def on_a_full_disk(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "swacompile", *map(str, arguments)],
+        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)), check=False,
+    )  # fmt: skip
+
+
 def test_full_disk(good, tmp_path):
     """The system refuses to let files grow, as a full disk does."""
     before = listing(tmp_path)
-    limited = subprocess.run(
-        [sys.executable, "-m", "swacompile", "rewrite", str(good), "-o", str(tmp_path / "out.onnx")],
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)), check=False,
-    )  # fmt: skip
+    limited = on_a_full_disk("rewrite", good, "-o", tmp_path / "out.onnx")
     assert limited.returncode == 2, limited.stderr
     assert "could not be written" in limited.stderr
     assert listing(tmp_path) == before
@@ -145,10 +149,7 @@ def test_full_disk(good, tmp_path):
 def test_full_disk_while_compiling(good, tmp_path):
     """The message names what the user named. The library does not fit."""
     before = listing(tmp_path)
-    limited = subprocess.run(
-        [sys.executable, "-m", "swacompile", "compile", str(good), "-o", str(tmp_path / "out.swa")],
-        capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)), check=False,
-    )  # fmt: skip
+    limited = on_a_full_disk("compile", good, "-o", tmp_path / "out.swa")
     assert limited.returncode == 2, limited.stderr
     assert f"{tmp_path / 'out.swa' / 'model.onnx'}: could not be written" in limited.stderr
     assert listing(tmp_path) == before

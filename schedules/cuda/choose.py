@@ -186,9 +186,11 @@ def mma_float32(spec: KernelSpec, shape: Shape) -> Config | None:
     if spec.dtype != "float32":
         return None
     pack = shape.pack_decoding if spec.features.split else shape.pack
-    if _widest(spec) <= 128 and _is_plain(spec) and not spec.features.split:
-        return MmaConfig(keys_per_tile=32 if _widest(spec) <= 64 else 16, row_blocks=2, pack=pack)
-    return MmaConfig(keys_per_tile=32 if _widest(spec) <= 128 and _is_plain(spec) else 16, pack=pack)
+    if _widest(spec) > 128 or not _is_plain(spec):
+        return MmaConfig(keys_per_tile=16, pack=pack)
+    if spec.features.split:
+        return MmaConfig(keys_per_tile=32, pack=pack)
+    return MmaConfig(keys_per_tile=32 if _widest(spec) <= 64 else 16, row_blocks=2, pack=pack)
 
 
 def mma_float32_small(spec: KernelSpec, shape: Shape) -> Config | None:

@@ -110,7 +110,7 @@ class _Writer:
 
     def _size(self, extent: Extent) -> ir.Value:
         value = self.operands[extent.value] if isinstance(extent.value, Role) else self.splicer.values[extent.value]
-        shape = self.splicer.once(self.before, str(value.name), "Shape", [value])
+        shape = self.splicer.shape_of(self.before, value)
         return self._add("Gather", shape, self._number(extent.axis))
 
     def _others(self, value: str) -> ir.Value:

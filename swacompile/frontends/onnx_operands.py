@@ -134,7 +134,7 @@ class OnnxOperands:
         """The size of an axis of (batch, heads, queries, keys), int64 of shape (1,)."""
         query, key, _ = self.values
         value, place = (key, QUERIES) if axis == KEYS else (query, axis)
-        shape = self.splicer.once(self.before, str(value.name), "Shape", [value])
+        shape = self.splicer.shape_of(self.before, value)
         return self._once("Gather", shape, self._ints(place))
 
     def _shape(self, parts: list[ir.Value]) -> ir.Value:

@@ -83,6 +83,10 @@ class Splicer:
             self._once[op, name] = self.add(before, op, inputs, attributes)
         return self._once[op, name]
 
+    def shape_of(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        """The value's shape, asked for once."""
+        return self.once(before, str(value.name), "Shape", [value])
+
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer, shared by all who ask for this name."""
         known = self.graph.initializers.get(f"swacompile_{name}")

@@ -95,9 +95,10 @@ class Database:
         or the default.
 
         A record whose Config the rule refuses for this workload is passed over, and so is one of a workload with another
-        default: that its Config is better there says nothing here. `device` prefers records of that device. Records of earlier kernel sources step back behind today's of the same workload from a sibling of the
-        target. One that was compared with another default than today's counts only if its gain was large: where such
-        records are all that there is of this workload, the default is today's.
+        default: that its Config is better there says nothing here. `device` prefers records of that device. Records of
+        earlier kernel sources step back behind today's of the same workload from a sibling of the target. One that was
+        compared with another default than today's counts only if its gain was large: where such records are all that
+        there is of this workload, the default is today's.
         """
         space, revision = rule.space(workload, target), rule.revision()
 
@@ -207,8 +208,7 @@ def groups(records: Iterable[TuningRecord]) -> list[list[TuningRecord]]:
     """Records that can be compared with each other."""
     found: dict[object, list[TuningRecord]] = {}
     for record in records:
-        origin = record.provenance
-        found.setdefault((str(record.workload), origin.device, origin.threads, origin.revision), []).append(record)
+        found.setdefault((record.workload, record.provenance.setting), []).append(record)
     return list(found.values())
 
 

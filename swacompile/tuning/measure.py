@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
@@ -183,27 +183,15 @@ class LocalMeasurer:
         built = self._bench.build(candidates)
         yield from (failure for failure in built.values() if failure is not None)
         runnable = [candidate for candidate, failure in built.items() if failure is None]
+
+        def run(candidate: Candidate) -> Outcome:
+            return self._run(candidate, effort)
+
         with turn(self._bench.lock, alone=True):
             if self._prepared == 1:
-                yield from (self._run(candidate, effort) for candidate in runnable)
+                yield from map(run, runnable)
             else:
-                yield from self._run_side_by_side(runnable, effort)
-
-    def _run_side_by_side(self, candidates: Sequence[Candidate], effort: Effort) -> Iterator[Outcome]:
-        """What hung is run again alone: it may only have waited for another that did."""
-        again = []
-        with ThreadPoolExecutor(self._prepared) as pool:
-            running = [pool.submit(self._run, candidate, effort) for candidate in candidates]
-            try:
-                for future in as_completed(running):
-                    outcome = future.result()
-                    if outcome.status is Status.HUNG:
-                        again.append(outcome.candidate)
-                    else:
-                        yield outcome
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits only for what has begun
-        yield from (self._run(candidate, effort) for candidate in again)
+                yield from runner.side_by_side(runnable, run, lambda o: o.status is Status.HUNG, self._prepared)
 
     def _run(self, candidate: Candidate, effort: Effort) -> Outcome:
         job = self._bench.job(candidate, effort) | {"lock": str(self._bench.folder / "turns.lock")}

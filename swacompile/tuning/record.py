@@ -58,8 +58,13 @@ class Provenance:
     versions: str
     driver: str | None = None
 
+    @property
+    def setting(self) -> tuple[str, int, str]:
+        """What two times must have in common to stand side by side."""
+        return self.device, self.threads, self.revision
+
     def comparable(self, other: "Provenance") -> bool:
-        return (self.device, self.threads, self.revision) == (other.device, other.threads, other.revision)
+        return self.setting == other.setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

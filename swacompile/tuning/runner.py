@@ -22,10 +22,10 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,8 @@ ROUNDS = 2
 
 Array = Any
 Job = dict[str, Any]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def element_bytes(dtype: str) -> "np.dtype[Any]":
@@ -350,6 +352,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)[:300]
 
 
+def side_by_side(
+    tasks: Sequence[Task], run: Callable[[Task], Result], hung: Callable[[Result], bool], parallel: int
+) -> Iterator[Result]:
+    """Results as they come, of `parallel` tasks at a time. What hung is run again alone: it may only have waited for another
+    that did.
+    """
+    again = []
+    with ThreadPoolExecutor(parallel) as pool:
+        running = {pool.submit(run, task): task for task in tasks}
+        try:
+            for future in as_completed(running):
+                if hung(future.result()) and parallel > 1:
+                    again.append(running[future])
+                else:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
+    yield from map(run, again)
+
+
 class _Session:
     """A run over a bundle: results are on the disk as soon as they are known."""
 
@@ -379,30 +401,15 @@ class _Session:
         results: list[list[Job]] = [[] for _ in todo]
         order = [(i, job) for round_ in zip(*todo, strict=True) for i, job in enumerate(round_)]
         with self._out.open("a") as file:
-            for i, result in self._measured_side_by_side(order):
+            measured = side_by_side(
+                order, self._numbered, lambda found: bool(found[1]["status"] == "hung"), self._parallel
+            )
+            for i, result in measured:
                 results[i].append(result)
                 if len(results[i]) == len(todo[i]):
                     whole = sum(len(found) == len(turn) for found, turn in zip(results, todo, strict=True))
                     print(f"{whole}/{len(todo)} {self._write(file, todo[i][0], results[i])}", flush=True)
         return len(todo)
-
-    def _measured_side_by_side(self, order: list[tuple[int, Job]]) -> Iterator[tuple[int, Job]]:
-        """Results with the numbers of their jobs, as they come. What hung is run again alone: it may only have waited for
-        another that did.
-        """
-        again = []
-        with ThreadPoolExecutor(self._parallel) as pool:
-            running = {pool.submit(self._contained, job): (i, job) for i, job in order}
-            try:
-                for future in as_completed(running):
-                    i, job = running[future]
-                    if future.result()["status"] == "hung" and self._parallel > 1:
-                        again.append((i, job))
-                    else:
-                        yield i, future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
-        yield from ((i, self._contained(job)) for i, job in again)
 
     def _write(self, file: TextIO, job: Job, results: list[Job]) -> str:
         """Write a record, and give what is shown of it."""
@@ -412,8 +419,9 @@ class _Session:
         os.fsync(file.fileno())
         return _shown(record)
 
-    def _contained(self, job: Job) -> Job:
-        return run_contained(job, self._folder, threads=self._threads, seconds=self._seconds)
+    def _numbered(self, numbered: tuple[int, Job]) -> tuple[int, Job]:
+        i, job = numbered
+        return i, run_contained(job, self._folder, threads=self._threads, seconds=self._seconds)
 
     def _finalists(self) -> list[Job]:
         """Jobs of the last round: of each workload the default and the fastest others, where there is a choice."""
